@@ -1,0 +1,133 @@
+// Sixteen float lanes: loads that widen, a base-2 exponential, reductions.
+// GCC's vector extension, so that one source serves every instruction set.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace lite_attention::LITE_ISA {
+
+constexpr int kLanes = 16;
+typedef float Vec __attribute__((vector_size(64)));
+typedef int32_t IVec __attribute__((vector_size(64)));
+typedef uint32_t UVec __attribute__((vector_size(64)));
+typedef uint16_t HVec __attribute__((vector_size(32)));
+
+typedef int8_t SignedBytes __attribute__((vector_size(16)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+struct float16 {
+    uint16_t bits;
+};
+
+inline Vec splat(float x) { return Vec{} + x; }
+
+template <typename T>
+inline T load_as(const void* p) {
+    T v;
+    std::memcpy(&v, p, sizeof(T));
+    return v;
+}
+
+inline Vec load(const float* p) { return load_as<Vec>(p); }
+
+inline Vec load(const bfloat16* p) {
+    const UVec wide = __builtin_convertvector(load_as<HVec>(p), UVec) << 16;
+    return (Vec)wide;
+}
+
+inline Vec load(const int8_t* p) { return __builtin_convertvector(load_as<SignedBytes>(p), Vec); }
+inline Vec load(const uint8_t* p) { return __builtin_convertvector(load_as<Bytes>(p), Vec); }
+
+inline float widen(float x) { return x; }
+inline float widen(bfloat16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+
+inline bfloat16 narrow_bf16(float f) {
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fc0};
+    return {uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+#if defined(__F16C__)
+inline float widen(float16 x) { return _cvtsh_ss(x.bits); }
+inline float16 narrow_fp16(float f) { return {uint16_t(_cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT))}; }
+#if defined(__AVX512F__)
+inline Vec load(const float16* p) { return (Vec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p)); }
+#else
+inline Vec load(const float16* p) {
+    Vec v;
+    const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+    const __m256 high = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1));
+    std::memcpy(&v, &low, 32);
+    std::memcpy((char*)&v + 32, &high, 32);
+    return v;
+}
+#endif
+#else
+inline float widen(float16 x) {
+    _Float16 h;
+    std::memcpy(&h, &x.bits, 2);
+    return float(h);
+}
+inline float16 narrow_fp16(float f) {
+    const _Float16 h = _Float16(f);
+    float16 r;
+    std::memcpy(&r.bits, &h, 2);
+    return r;
+}
+inline Vec load(const float16* p) {
+    Vec v;
+    for (int i = 0; i < kLanes; ++i) v[i] = widen(p[i]);
+    return v;
+}
+#endif
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+inline void put(float* p, float x) { *p = x; }
+inline void put(bfloat16* p, float x) { *p = narrow_bf16(x); }
+inline void put(float16* p, float x) { *p = narrow_fp16(x); }
+
+inline float sum(Vec v) {
+    float s = 0;
+    for (int i = 0; i < kLanes; ++i) s += v[i];
+    return s;
+}
+
+inline float max(Vec v) {
+    float m = v[0];
+    for (int i = 1; i < kLanes; ++i) m = m > v[i] ? m : v[i];
+    return m;
+}
+
+// 2**x for x <= 0, relative error below 2e-7; -inf gives 0.
+inline Vec exp2(Vec x) {
+    const IVec tiny = x < -126.0f;
+    x = tiny ? splat(-126.0f) : x;
+    const Vec magic = splat(12582912.0f);  // 1.5 * 2**23: adding it rounds to an integer
+    const Vec rounded = x + magic;
+    const IVec whole = (IVec)rounded - (IVec)magic;
+    const Vec f = x - (rounded - magic);  // in [-0.5, 0.5]
+    Vec y = splat(1.5403530393381606e-4f);
+    y = y * f + 1.3333558146428443e-3f;
+    y = y * f + 9.618129107628477e-3f;
+    y = y * f + 5.550410866482158e-2f;
+    y = y * f + 2.402265069591007e-1f;
+    y = y * f + 6.931471805599453e-1f;
+    y = y * f + 1.0f;
+    y = (Vec)((IVec)y + (whole << 23));
+    return tiny ? splat(0.0f) : y;
+}
+
+}  // namespace lite_attention::LITE_ISA

@@ -1,0 +1,54 @@
+"""Options of the skip rule: what a caller may give, checked and normalized in one place."""
+
+import math
+from numbers import Real
+from typing import Literal, cast, get_args
+
+Rule = Literal["running_max", "mass"]
+"""When a key block is cleared; `lite_attention.reference.forward` defines both rules."""
+
+
+def normalize_threshold(value: object, name: str = "threshold") -> float:
+    """Return ``value`` as a threshold: log2 of a weight, at most 0, or -inf for no skipping.
+
+    A positive number means its negative: 10 is -10.
+
+    Raises:
+        TypeError: ``value`` is not a number (a bool is none).
+        ValueError: ``value`` is NaN or +inf.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
+    try:
+        threshold = float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a finite number or -inf, got one past the range of float") from None
+    if math.isnan(threshold) or threshold == math.inf:
+        raise ValueError(f"{name}: expected a finite number or -inf, got {threshold}")
+    return -abs(threshold)
+
+
+def check_rule(value: object, name: str = "rule") -> Rule:
+    """Return ``value`` if it names a rule.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if value not in get_args(Rule):
+        expected = " or ".join(repr(rule) for rule in get_args(Rule))
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return cast(Rule, value)
+
+
+def check_refresh_interval(value: object, name: str = "refresh_interval") -> int:
+    """Return ``value`` if it is a number of steps, 0 for never.
+
+    Raises:
+        TypeError: ``value`` is not an int.
+        ValueError: ``value`` is negative.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
+    if value < 0:
+        raise ValueError(f"{name}: expected 0 (never) or more steps, got {value}")
+    return value

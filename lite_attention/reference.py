@@ -1,0 +1,307 @@
+"""The operators in plain PyTorch: the specification that every implementation is compared with.
+
+Slow on purpose: one query tile and one key block at a time, in the order in which a kernel visits them.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lite_attention.options import Rule
+from lite_attention.ranges import pack_bits, unpack_bits
+from lite_attention.tiles import BLOCK_K, DECODE_BLOCK, TILE_Q, WORD_BITS, ceil_div
+
+LOG2_E = math.log2(math.e)
+"""Scores are kept in log2 units: ``s = scale * LOG2_E * q·k``."""
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """Type in which scores and sums are kept: float64 for float64 inputs, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    lse_state: Tensor | None,
+    thresholds: Tensor | None,
+    must_visit: Tensor | None,
+    must_skip: Tensor | None,
+    scale: float,
+    causal: bool,
+    rule: Rule,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one step, visiting what ``mask`` says and clearing in it what the next step may skip.
+
+    Each tile of ``TILE_Q`` queries visits its blocks of ``BLOCK_K`` keys from the last to the first: those
+    with ``(mask or must_visit) and not must_skip``, or, where that leaves none, all but ``must_skip``. A
+    visited block is cleared when every row of the tile that has a finite score in it agrees:
+
+    - ``running_max``: max(s in block) - max(s in blocks visited before) <= threshold. The first block visited
+      is never cleared.
+    - ``mass``: log2(sum(2**s in block)) - LSE of the step before, in log2 units, <= threshold. Rows whose LSE
+      is +inf (no step before) never agree. Where all blocks would go, the first one visited stays.
+
+    ``must_visit`` blocks are never cleared. A comparison with NaN is not agreement. With ``causal``, query i
+    attends keys up to ``i + tokens_k - tokens_q``; blocks that no row of the tile attends are not visited and
+    keep their bits.
+
+    Args:
+        query: (batch, tokens_q, heads, head_dim), any float type and strides.
+        key: (batch, tokens_k, kv_heads, head_dim), type of ``query``; heads is a multiple of kv_heads.
+        value: shape and type of ``key``.
+        mask: int32 (batch, heads, tiles, words), 1 = visit, updated in place; bits past the last block are
+            ignored and written 0. None: dense attention, and the four arguments after it are None.
+        lse_state: float32 (batch, heads, tokens_q), natural log, +inf before the first step; read and updated
+            in place by ``mass``, ignored by ``running_max``.
+        thresholds: float32 (batch,), log2 units. A row at -inf is dense: it visits every block, forced ranges
+            or not, and leaves ``mask`` and ``lse_state`` as they are.
+        must_visit: int32 (words,), blocks that every tile visits.
+        must_skip: int32 (words,), blocks that no tile visits; stronger than ``must_visit``.
+        scale: factor of q·k.
+        causal: whether attention is causal, aligned at the last query and key.
+        rule: when a block is cleared.
+
+    Returns:
+        Output, shape and type of ``query``, 0 for a query that attends no key; and LSE of the visited scores,
+        (batch, heads, tokens_q), natural log, -inf for such a query, float32 (float64 for float64 inputs).
+    """
+    dtype = accumulation_dtype(query)
+    batch, tokens_q, heads, _ = query.shape
+    tokens_k, kv_heads = key.shape[1:3]
+    blocks = ceil_div(tokens_k, BLOCK_K)
+    forced = unpack_bits(must_visit, blocks).tolist() if must_visit is not None else [False] * blocks
+    forbidden = unpack_bits(must_skip, blocks).tolist() if must_skip is not None else [False] * blocks
+    out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.full((batch, heads, tokens_q), -math.inf, dtype=dtype, device=query.device)
+
+    for row in range(batch):
+        threshold = float(thresholds[row]) if mask is not None and thresholds is not None else -math.inf
+        for head in range(heads):
+            keys = key[row, :, head * kv_heads // heads].to(dtype)
+            values = value[row, :, head * kv_heads // heads].to(dtype)
+            for tile in range(ceil_div(tokens_q, TILE_Q)):
+                queries = torch.arange(tile * TILE_Q, min((tile + 1) * TILE_Q, tokens_q), device=query.device)
+                attended = queries + (tokens_k - tokens_q) if causal else torch.full_like(queries, tokens_k - 1)
+                in_reach = range(ceil_div(max(int(attended[-1]) + 1, 0), BLOCK_K))
+                bits = [True] * blocks
+                visited = list(in_reach)
+                if mask is not None and threshold > -math.inf:
+                    bits = unpack_bits(mask[row, head, tile], blocks).tolist()
+                    allowed = [block for block in in_reach if not forbidden[block]]
+                    visited = [block for block in allowed if bits[block] or forced[block]] or allowed
+
+                scores = {}
+                for block in visited:
+                    positions = torch.arange(block * BLOCK_K, min((block + 1) * BLOCK_K, tokens_k), device=query.device)
+                    products = query[row, queries, head].to(dtype) @ keys[positions].T
+                    hidden = positions > attended[:, None]
+                    scores[block] = (products * (scale * LOG2_E)).masked_fill(hidden, -math.inf)
+                if visited:
+                    weights, lse[row, head, queries] = _softmax(torch.cat([scores[b] for b in visited], dim=1))
+                    visible = torch.cat([values[b * BLOCK_K : (b + 1) * BLOCK_K] for b in visited])
+                    out[row, queries, head] = (weights @ visible).to(out.dtype)
+
+                if mask is not None and threshold > -math.inf:
+                    if rule == "mass":
+                        assert lse_state is not None
+                        kept = _kept_by_mass(scores, lse_state[row, head, queries] * LOG2_E, threshold)
+                        lse_state[row, head, queries] = lse[row, head, queries].float()
+                    else:
+                        kept = _kept_by_running_max(scores, threshold)
+                    kept |= {block for block in visited if forced[block]}
+                    if visited and not kept:
+                        kept = {visited[-1]}
+                    for block in in_reach:
+                        bits[block] = block in kept
+                    mask[row, head, tile] = pack_bits(torch.tensor(bits, device=mask.device))
+    return out, lse
+
+
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (rows, keys), 0 for a row without keys, and natural LSE (rows,) of scores in log2 units."""
+    lse = torch.logsumexp(scores / LOG2_E, dim=1)
+    weights = torch.exp(scores / LOG2_E - lse[:, None])
+    return weights.masked_fill(lse[:, None] == -math.inf, 0.0), lse
+
+
+def _kept_by_running_max(scores: dict[int, Tensor], threshold: float) -> set[int]:
+    kept = set()
+    running_max: Tensor | None = None
+    for block in sorted(scores, reverse=True):
+        block_max = scores[block].amax(dim=1)
+        if running_max is None:
+            kept.add(block)
+            running_max = block_max
+            continue
+        agrees = (block_max - running_max <= threshold) | (block_max == -math.inf)
+        if not agrees.all():
+            kept.add(block)
+        running_max = torch.maximum(running_max, block_max)
+    return kept
+
+
+def _kept_by_mass(scores: dict[int, Tensor], lse_before: Tensor, threshold: float) -> set[int]:
+    kept = set()
+    for block, block_scores in scores.items():
+        block_mass = torch.logsumexp(block_scores / LOG2_E, dim=1) * LOG2_E
+        agrees = (block_mass - lse_before <= threshold) & (lse_before != math.inf)
+        agrees |= block_mass == -math.inf
+        if not agrees.all():
+            kept.add(block)
+    return kept
+
+
+def summarize(key_cache: Tensor, slot_mapping: Tensor, summaries: Tensor) -> None:
+    """Write the summary of every block of the paged cache whose last token was written in this step.
+
+    A summary is the mean and the standard deviation of the block's keys for each channel, in 8 bits a channel with
+    a scale for each of the two. Only whole blocks have one: `decode` always visits the newest two, so it never asks
+    for the summary of an unfinished block.
+
+    Args:
+        key_cache: (pages, page_size, kv_heads, head_dim), any strides; page_size is a multiple of `DECODE_BLOCK`.
+        slot_mapping: (tokens,) int64, position in the cache (page * page_size + offset) of each token
+            written in this step; -1 is padding.
+        summaries: (pages, kv_heads, page_size / DECODE_BLOCK, 2 * head_dim + 8) uint8, updated in place: head_dim
+            means (signed), head_dim deviations (unsigned), the scale of the means, the scale of the deviations
+            (float32 each).
+    """
+    head_dim = key_cache.shape[3]
+    blocks_a_page = key_cache.shape[1] // DECODE_BLOCK
+    for slot in slot_mapping.tolist():
+        if slot < 0 or slot % DECODE_BLOCK != DECODE_BLOCK - 1:
+            continue
+        page, block = divmod(slot // DECODE_BLOCK, blocks_a_page)
+        keys = key_cache[page, block * DECODE_BLOCK : (block + 1) * DECODE_BLOCK].float()
+        mean, deviation = keys.mean(0), keys.std(0, correction=0)
+        scales = torch.stack((mean.abs().amax(-1) / 127, deviation.amax(-1) / 255), -1)
+        steps = scales.clamp(min=torch.finfo(torch.float32).tiny)
+        row = summaries[page, :, block]
+        row[:, :head_dim] = (mean / steps[:, :1]).round().to(torch.int8).view(torch.uint8)
+        row[:, head_dim : 2 * head_dim] = (deviation / steps[:, 1:]).round().to(torch.uint8)
+        row[:, 2 * head_dim :] = scales.view(torch.uint8)
+
+
+def read_summaries(summaries: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, (..., head_dim) float32 each, of summaries (..., 2 * head_dim + 8)."""
+    head_dim = (summaries.shape[-1] - 8) // 2
+    mean, deviation, scales = summaries.split((head_dim, head_dim, 8), -1)
+    scale = scales.contiguous().view(torch.float32)
+    return mean.contiguous().view(torch.int8) * scale[..., :1], deviation * scale[..., 1:]
+
+
+def estimate(query: Tensor, summaries: Tensor) -> Tensor:
+    """Log2 of the mass that whole blocks would have if their keys were Gaussian, independent in each channel.
+
+    log2(n) + log2(e) * (a q.mean + a^2/2 sum(q^2 deviation^2)), with a = softmax scale, n = `DECODE_BLOCK`.
+
+    Args:
+        query: (heads, head_dim), times a * log2(e).
+        summaries: (blocks, 2 * head_dim + 8), see `summarize`.
+
+    Returns:
+        (heads, blocks), in the dtype of the query.
+    """
+    mean, deviation = (part.to(query.dtype) for part in read_summaries(summaries))
+    spread = query.square() @ deviation.square().T * (math.log(2) / 2)
+    return math.log2(DECODE_BLOCK) + query @ mean.T + spread
+
+
+def decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    summaries: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    slots: Tensor,
+    thresholds: Tensor,
+    visit_all: Tensor,
+    mask: Tensor,
+    lse_state: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One query token a sequence over a paged cache, visiting only the blocks that can matter.
+
+    A KV head visits a block of `DECODE_BLOCK` keys when
+    - it is the first block or one of the two newest, or the row's `visit_all` is set, or
+    - its mask bit is set: at its last visit its share of a query head's softmax was above the threshold, or
+    - its estimated share, `estimate` less the LSE of the step before, is above the threshold for a query head
+      of the group.
+
+    Afterwards the bit of each visited block says whether its exact share (of the mass that was visited) is
+    above the threshold for a query head of the group, and the state holds this step's LSE. With `visit_all`
+    this rewrites the whole state, so the first step of a sequence must set it; so do refresh and warm-up steps.
+
+    A row with threshold -inf is ordinary attention and leaves the state untouched; a row of length 0 gives
+    zeros and LSE -inf.
+
+    Args:
+        query: (rows, heads, head_dim).
+        key_cache, value_cache: (pages, page_size, kv_heads, head_dim), any strides, dtype of the query.
+        summaries: see `summarize`.
+        block_table: (rows, max_pages) int32, pages of each row's sequence.
+        seq_lens: (rows,) int32, keys of each sequence, the newest included.
+        slots: (rows,) int32, the row of the pooled state that a sequence holds; distinct for rows that skip.
+        thresholds: (rows,) float32, log2 of a share.
+        visit_all: (rows,) bool.
+        mask: (slots, kv_heads, words) int32, updated in place.
+        lse_state: (slots, heads) float32, natural log, updated in place.
+        scale: softmax scale.
+
+    Returns:
+        out (rows, heads, head_dim), LSE (rows, heads) natural log float32, and the number of blocks visited,
+        summed over KV heads, (rows,) int32.
+    """
+    rows, heads, head_dim = query.shape
+    page_size, kv_heads = key_cache.shape[1], key_cache.shape[2]
+    group = heads // kv_heads
+    dtype = accumulation_dtype(query)
+    out = torch.zeros(rows, heads, head_dim, dtype=query.dtype)
+    lse = torch.full((rows, heads), -math.inf)
+    visited = torch.zeros(rows, dtype=torch.int32)
+    for row in range(rows):
+        length, slot, threshold = int(seq_lens[row]), int(slots[row]), float(thresholds[row])
+        if length <= 0:
+            continue
+        dense = threshold == -math.inf
+        blocks = ceil_div(length, DECODE_BLOCK)
+        pages = block_table[row, : ceil_div(length, page_size)].long()
+        keys = key_cache[pages].flatten(0, 1)[:length].to(dtype)
+        values = value_cache[pages].flatten(0, 1)[:length].to(dtype)
+        summary = summaries[pages].transpose(1, 2).flatten(0, 1)[:blocks]
+        for kv_head in range(kv_heads):
+            group_heads = slice(kv_head * group, (kv_head + 1) * group)
+            q = query[row, group_heads].to(dtype) * (scale * LOG2_E)
+            visit = torch.zeros(blocks, dtype=torch.bool)
+            visit[0] = True
+            visit[-2:] = True
+            if dense or visit_all[row]:
+                visit[:] = True
+            else:
+                lse_before = lse_state[slot, group_heads, None].to(dtype)
+                share = estimate(q, summary[:, kv_head]) - lse_before * LOG2_E
+                bits = unpack_bits(mask[slot, kv_head], blocks)
+                visit |= bits | (share > threshold).any(0)
+            chosen = visit.nonzero().flatten()
+            visited[row] += len(chosen)
+            tokens = (chosen[:, None] * DECODE_BLOCK + torch.arange(DECODE_BLOCK)).flatten()
+            tokens = tokens[tokens < length]
+            scores = q @ keys[tokens, kv_head].T
+            lse2 = torch.logsumexp(scores * math.log(2), -1) * LOG2_E
+            out[row, group_heads] = (torch.exp2(scores - lse2[:, None]) @ values[tokens, kv_head]).to(out.dtype)
+            lse[row, group_heads] = (lse2 * math.log(2)).float()
+            if dense:
+                continue
+            lse_state[slot, group_heads] = lse[row, group_heads]
+            bits = unpack_bits(mask[slot, kv_head], mask.shape[2] * WORD_BITS)
+            for block in chosen.tolist():
+                of_block = scores[:, tokens // DECODE_BLOCK == block]
+                mass = torch.logsumexp(of_block * math.log(2), -1) * LOG2_E
+                bits[block] = bool((mass - lse2 > threshold).any())
+            mask[slot, kv_head] = pack_bits(bits)
+    return out, lse, visited

@@ -1,0 +1,627 @@
+"""`lite_attention::forward`: the reference against PyTorch and rules worked out by hand, CPU against it."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from lite_attention import ops, reference
+from lite_attention.options import Rule
+from lite_attention.ranges import all_blocks, pack_bits, unpack_bits
+from lite_attention.tiles import BLOCK_K, TILE_Q, ceil_div
+
+RULES: tuple[Rule, ...] = ("running_max", "mass")
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "reference": reference.forward,
+    "cpu": ops.forward,
+}
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+MARGIN = 1e-3
+"""log2 units by which float32 rounding may move a decision."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The tensors are small: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Shape(NamedTuple):
+    batch: int = 1
+    tokens_q: int = 200
+    tokens_k: int = 330
+    heads: int = 2
+    kv_heads: int = 2
+    head_dim: int = 16
+
+
+SHAPES = {
+    "one tile and block": Shape(tokens_q=128, tokens_k=64),
+    "one off a tile and a block": Shape(tokens_q=129, tokens_k=257),
+    "one short of a tile and a block": Shape(tokens_q=127, tokens_k=191),
+    "grouped heads": Shape(heads=6, kv_heads=2),
+    "one kv head": Shape(heads=3, kv_heads=1, tokens_q=40),
+    "batch": Shape(batch=3, tokens_q=150, tokens_k=150),
+    "one query": Shape(tokens_q=1),
+    "one key": Shape(tokens_k=1),
+    "one token": Shape(tokens_q=1, tokens_k=1),
+    "more queries than keys": Shape(tokens_q=300, tokens_k=100),
+    "odd head size": Shape(head_dim=7),
+    "more blocks than a word": Shape(tokens_q=20, tokens_k=33 * BLOCK_K - 5, heads=1, kv_heads=1),
+}
+
+
+class State(NamedTuple):
+    mask: Tensor
+    lse: Tensor
+
+    def copy(self) -> "State":
+        return State(self.mask.clone(), self.lse.clone())
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs whose key blocks differ much in weight, so that thresholds of -2 to -10 clear some of them."""
+    random = torch.Generator().manual_seed(seed)
+    batch, tokens_q, tokens_k, heads, kv_heads, head_dim = shape
+    direction = torch.ones(head_dim)
+    levels = torch.rand(batch, ceil_div(tokens_k, BLOCK_K), kv_heads, 1, generator=random) * 16 - 8
+    levels = levels.repeat_interleave(BLOCK_K, dim=1)[:, :tokens_k]
+    query = 0.5 * torch.randn(batch, tokens_q, heads, head_dim, generator=random) + direction
+    key = 0.5 * torch.randn(batch, tokens_k, kv_heads, head_dim, generator=random)
+    key = key + direction * levels * head_dim**-0.5
+    value = torch.randn(batch, tokens_k, kv_heads, head_dim, generator=random)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def fresh_state(shape: Shape) -> State:
+    words = all_blocks(ceil_div(shape.tokens_k, BLOCK_K))
+    mask = words.repeat(shape.batch, shape.heads, ceil_div(shape.tokens_q, TILE_Q), 1)
+    return State(mask, torch.full((shape.batch, shape.heads, shape.tokens_q), math.inf))
+
+
+def block_bits(blocks: int, *chosen: int) -> Tensor:
+    bits = torch.zeros(blocks, dtype=torch.bool)
+    bits[list(chosen)] = True
+    return pack_bits(bits)
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Tensor:
+    """PyTorch's attention in float64."""
+    q, k, v = (tensor.double().transpose(1, 2) for tensor in (query, key, value))
+    attended = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+    if causal:
+        attended = attended.tril(k.shape[2] - q.shape[2])
+    return scaled_dot_product_attention(q, k, v, attn_mask=attended, enable_gqa=True).transpose(1, 2)
+
+
+def assert_step_agrees(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    state: State,
+    thresholds: list[float],
+    rule: Rule,
+    must_visit: Tensor | None = None,
+    must_skip: Tensor | None = None,
+    causal: bool = False,
+) -> None:
+    """Step ``state`` with the CPU implementation; compare with the float64 reference.
+
+    Bits may differ where a decision lies within ``MARGIN`` of the threshold: what the reference keeps at a
+    higher threshold must be kept, and what it clears at a lower one must be cleared.
+    """
+    query, key, value = inputs
+    scale = query.shape[3] ** -0.5
+
+    def expected(shift: float) -> tuple[Tensor, Tensor, State]:
+        after = state.copy()
+        shifted = torch.tensor(thresholds) + shift
+        out, lse = reference.forward(
+            query.double(), key.double(), value.double(), after.mask, after.lse, shifted,
+            must_visit, must_skip, scale, causal, rule,
+        )  # fmt: skip
+        return out, lse, after
+
+    out_expected, lse_expected, lower = expected(-MARGIN)
+    _, _, higher = expected(MARGIN)
+    out, lse = ops.forward(
+        query, key, value, state.mask, state.lse, torch.tensor(thresholds),
+        must_visit, must_skip, scale, causal, rule,
+    )  # fmt: skip
+    assert out.dtype == query.dtype
+    assert out.shape == query.shape
+    assert out.is_contiguous()
+    assert lse.dtype == torch.float32
+    tolerance = TOLERANCE[query.dtype]
+    torch.testing.assert_close(out.double(), out_expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse.double(), lse_expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state.lse, lower.lse, rtol=1e-5, atol=1e-5)
+    assert torch.equal(state.mask & higher.mask, higher.mask), "a block was cleared that the rule keeps"
+    assert torch.equal(state.mask & lower.mask, state.mask), "a block was kept that the rule clears"
+
+
+def sparsity_of(mask: Tensor, tokens_k: int) -> float:
+    return 1.0 - unpack_bits(mask, ceil_div(tokens_k, BLOCK_K)).double().mean().item()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_dense_equals_pytorch(name: str, causal: bool, implementation: str) -> None:
+    shape = SHAPES[name]
+    inputs = make_inputs(shape)
+    forward = IMPLEMENTATIONS[implementation]
+    out, lse = forward(*inputs, None, None, None, None, None, shape.head_dim**-0.5, causal, "mass")
+    expected = dense(*inputs, causal=causal)
+    attends = torch.arange(shape.tokens_q) + shape.tokens_k - shape.tokens_q >= 0
+    if causal:
+        expected[:, ~attends] = 0.0
+        assert (lse[:, :, ~attends] == -math.inf).all()
+    torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_dense_reference_in_float64_is_exact(rule: Rule) -> None:
+    query, key, value = (tensor.double() for tensor in make_inputs(Shape(heads=4)))
+    out, lse = reference.forward(query, key, value, None, None, None, None, None, 0.25, False, rule)
+    torch.testing.assert_close(out, dense(query, key, value), rtol=1e-12, atol=1e-12)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key.repeat_interleave(2, 2)) * 0.25
+    torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("tokens_q", "tokens_k"), [(0, 70), (70, 0), (0, 0)], ids=["no queries", "no keys", "nothing"])
+@pytest.mark.parametrize("rule", RULES)
+def test_empty_sequences(implementation: str, tokens_q: int, tokens_k: int, rule: Rule) -> None:
+    shape = Shape(tokens_q=tokens_q, tokens_k=tokens_k)
+    state = fresh_state(shape)
+    out, lse = IMPLEMENTATIONS[implementation](
+        *make_inputs(shape), state.mask, state.lse, torch.tensor([-4.0]), None, None, 1.0, False, rule
+    )
+    assert torch.equal(out, torch.zeros(1, tokens_q, 2, 16))
+    assert torch.equal(lse, torch.full((1, 2, tokens_q), -math.inf))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_empty_batch(implementation: str) -> None:
+    shape = Shape(batch=0)
+    state = fresh_state(shape)
+    out, lse = IMPLEMENTATIONS[implementation](
+        *make_inputs(shape), state.mask, state.lse, torch.zeros(0), None, None, 1.0, False, "mass"
+    )
+    assert out.shape == (0, 200, 2, 16)
+    assert lse.shape == (0, 2, 200)
+
+
+def level_inputs(levels: list[float], tokens_q: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs for scale ln(2) in which every score of block i is ``levels[i]`` in log2 units."""
+    key = torch.tensor(levels).repeat_interleave(BLOCK_K)[None, :, None, None]
+    return torch.ones(1, tokens_q, 1, 1), key, key
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_running_max_by_hand(implementation: str) -> None:
+    inputs = level_inputs([0.0, -5.0, 3.0, -1.0, 0.0])
+    state = fresh_state(Shape(tokens_q=3, tokens_k=5 * BLOCK_K, heads=1))
+    IMPLEMENTATIONS[implementation](
+        *inputs, state.mask, None, torch.tensor([-2.0]), None, None, math.log(2), False, "running_max"
+    )
+    # Block 4 comes first, 3 lies 1 below it, 2 above all before it, and 1 and 0 lie 8 and 3 below block 2.
+    assert torch.equal(state.mask.flatten(), block_bits(5, 2, 3, 4))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_mass_by_hand(implementation: str) -> None:
+    inputs = level_inputs([0.0, -5.0, 3.0, -1.0, 0.0])
+    state = fresh_state(Shape(tokens_q=3, tokens_k=5 * BLOCK_K, heads=1))
+    forward = IMPLEMENTATIONS[implementation]
+    arguments = (torch.tensor([-4.0]), None, None, math.log(2), False, "mass")
+    forward(*inputs, state.mask, state.lse, *arguments)
+    assert torch.equal(state.mask.flatten(), all_blocks(5)), "a fresh state clears nothing"
+    lse = math.log(BLOCK_K * (1 + 2**-5 + 8 + 2**-1 + 1))
+    torch.testing.assert_close(state.lse, torch.full((1, 1, 3), lse))
+    # Shares are 2**-3.4, -8.4, -0.4, -4.4 and -3.4.
+    forward(*inputs, state.mask, state.lse, *arguments)
+    assert torch.equal(state.mask.flatten(), block_bits(5, 0, 2, 4))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_one_row_that_needs_a_block_keeps_it(implementation: str) -> None:
+    query, key, value = level_inputs([-9.0, 0.0], tokens_q=130)
+    query[:, 129] = -1.0
+    state = fresh_state(Shape(tokens_q=130, tokens_k=2 * BLOCK_K, heads=1))
+    IMPLEMENTATIONS[implementation](
+        query,
+        key,
+        value,
+        state.mask,
+        None,
+        torch.tensor([-4.0]),
+        None,
+        None,
+        math.log(2),
+        False,
+        "running_max",
+    )
+    assert torch.equal(state.mask[0, 0, 0], block_bits(2, 1))
+    assert torch.equal(state.mask[0, 0, 1], block_bits(2, 0, 1))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_tile_is_never_left_without_blocks(implementation: str) -> None:
+    inputs = level_inputs([0.0, 0.0, 0.0])
+    state = fresh_state(Shape(tokens_q=3, tokens_k=3 * BLOCK_K, heads=1))
+    for _ in range(2):
+        IMPLEMENTATIONS[implementation](
+            *inputs, state.mask, state.lse, torch.tensor([-1.0]), None, None, 1.0, False, "mass"
+        )
+    assert torch.equal(state.mask.flatten(), block_bits(3, 2)), "the first one visited stays"
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("remaining", ["none", "forbidden"])
+def test_a_mask_that_leaves_nothing_visits_everything_allowed(implementation: str, remaining: str) -> None:
+    inputs = level_inputs([0.0, 1.0, 2.0])
+    state = fresh_state(Shape(tokens_q=3, tokens_k=3 * BLOCK_K, heads=1))
+    state.mask.copy_(block_bits(3) if remaining == "none" else block_bits(3, 2))
+    must_skip = block_bits(3, 2)
+    _, lse = IMPLEMENTATIONS[implementation](
+        *inputs, state.mask, None, torch.tensor([-9.0]), None, must_skip, math.log(2), False, "running_max"
+    )
+    torch.testing.assert_close(lse, torch.full((1, 1, 3), math.log(BLOCK_K * 3)))
+    assert torch.equal(state.mask.flatten(), block_bits(3, 0, 1))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_skipped_blocks_are_not_read(implementation: str) -> None:
+    shape = Shape()
+    query, key, value = make_inputs(shape)
+    state = fresh_state(shape)
+    state.mask.copy_(block_bits(6, 0, 3, 5).expand_as(state.mask))
+    key[:, BLOCK_K : 3 * BLOCK_K] = math.nan
+    value[:, 4 * BLOCK_K : 5 * BLOCK_K] = math.nan
+    out, lse = IMPLEMENTATIONS[implementation](
+        query, key, value, state.mask, None, torch.tensor([-4.0]), None, None, 0.25, False, "running_max"
+    )
+    kept = torch.cat([torch.arange(BLOCK_K), torch.arange(3 * BLOCK_K, 4 * BLOCK_K), torch.arange(320, 330)])
+    torch.testing.assert_close(out.double(), dense(query, key[:, kept], value[:, kept]), rtol=2e-5, atol=2e-5)
+    assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rule", RULES)
+def test_blocks_with_nan_are_kept(implementation: str, rule: Rule) -> None:
+    query, key, value = level_inputs([math.nan, -20.0, 0.0])
+    state = fresh_state(Shape(tokens_q=3, tokens_k=3 * BLOCK_K, heads=1))
+    state.lse.zero_()
+    IMPLEMENTATIONS[implementation](
+        query, key, value, state.mask, state.lse, torch.tensor([-9.0]), None, None, math.log(2), False, rule
+    )
+    assert torch.equal(state.mask.flatten(), block_bits(3, 0, 2))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_blocks_whose_scores_are_all_minus_infinity_go(implementation: str) -> None:
+    query, key, _ = level_inputs([0.0, -math.inf, -math.inf])
+    state = fresh_state(Shape(tokens_q=3, tokens_k=3 * BLOCK_K, heads=1))
+    IMPLEMENTATIONS[implementation](
+        query,
+        key,
+        torch.ones_like(key),
+        state.mask,
+        None,
+        torch.tensor([-9.0]),
+        None,
+        None,
+        1.0,
+        False,
+        RULES[0],
+    )
+    assert torch.equal(state.mask.flatten(), block_bits(3, 0, 2)), "the first one visited stays"
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_that_attend_nothing_have_no_say(implementation: str) -> None:
+    """Of 128 queries the first 28 attend no key, and the last 36 also attend block 1."""
+    query, key, value = level_inputs([0.0, -20.0], tokens_q=128)
+    state = fresh_state(Shape(tokens_q=128, tokens_k=100, heads=1))
+    for _ in range(2):
+        IMPLEMENTATIONS[implementation](
+            query,
+            key[:, :100],
+            value[:, :100],
+            *state,
+            torch.tensor([-9.0]),
+            None,
+            None,
+            math.log(2),
+            True,
+            "mass",
+        )
+    assert torch.equal(state.mask.flatten(), block_bits(2, 0))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_mass_is_exact_far_below_the_maximum(implementation: str) -> None:
+    """A share of 2**-300 underflows float32 but not its logarithm."""
+    inputs = level_inputs([-300.0, 0.0])
+    state = fresh_state(Shape(tokens_q=3, tokens_k=2 * BLOCK_K, heads=1))
+    for threshold, kept in ((-301.0, (0, 1)), (-301.0, (0, 1)), (-299.0, (1,))):
+        IMPLEMENTATIONS[implementation](
+            *inputs, state.mask, state.lse, torch.tensor([threshold]), None, None, math.log(2), False, "mass"
+        )
+        assert torch.equal(state.mask.flatten(), block_bits(2, *kept))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rule", RULES)
+def test_threshold_minus_infinity_is_dense_and_leaves_the_state(implementation: str, rule: Rule) -> None:
+    shape = Shape()
+    inputs = make_inputs(shape)
+    state = fresh_state(shape)
+    state.mask.copy_(block_bits(6, 1).expand_as(state.mask))
+    state.lse.fill_(1.5)
+    before = state.copy()
+    out, _ = IMPLEMENTATIONS[implementation](
+        *inputs, *state, torch.tensor([-math.inf]), block_bits(6, 2), block_bits(6, 3), 0.25, False, rule
+    )
+    torch.testing.assert_close(out.double(), dense(*inputs), rtol=2e-5, atol=2e-5)
+    assert torch.equal(state.mask, before.mask)
+    assert torch.equal(state.lse, before.lse)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_steps_agree_with_the_reference(name: str, rule: Rule, dtype: torch.dtype) -> None:
+    shape = SHAPES[name]
+    state = fresh_state(shape)
+    query, key, value = make_inputs(shape, dtype)
+    for step in range(3):
+        drift = 0.1 * torch.randn(query.shape, generator=torch.Generator().manual_seed(step))
+        assert_step_agrees(((query + drift).to(dtype), key, value), state, [-5.0] * shape.batch, rule)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_some_but_not_all_is_skipped(rule: Rule) -> None:
+    """The other comparisons mean little unless steps like theirs clear some blocks."""
+    shape = Shape(tokens_k=600)
+    state = fresh_state(shape)
+    for _ in range(3):
+        assert_step_agrees(make_inputs(shape), state, [-5.0], rule)
+    assert 0.2 < sparsity_of(state.mask, shape.tokens_k) < 0.9
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_each_sequence_has_its_own_threshold(rule: Rule) -> None:
+    shape = Shape(batch=3)
+    query, key, value = (tensor[:1].expand(3, -1, -1, -1) for tensor in make_inputs(shape))
+    state = fresh_state(shape)
+    for _ in range(2):
+        assert_step_agrees((query, key, value), state, [-2.0, -9.0, -math.inf], rule)
+    strict, loose, off = (sparsity_of(state.mask[row], shape.tokens_k) for row in range(3))
+    assert strict > loose >= off == 0.0
+    assert (state.lse[2] == math.inf).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("tokens_q", "tokens_k"),
+    [(200, 200), (150, 330), (300, 100)],
+    ids=["square", "longer keys", "longer queries"],
+)
+def test_causal_steps_agree_with_the_reference(rule: Rule, tokens_q: int, tokens_k: int) -> None:
+    shape = Shape(tokens_q=tokens_q, tokens_k=tokens_k)
+    state = fresh_state(shape)
+    for _ in range(3):
+        assert_step_agrees(make_inputs(shape), state, [-4.0], rule, causal=True)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rule", RULES)
+def test_causal_leaves_bits_above_the_diagonal(implementation: str, rule: Rule) -> None:
+    shape = Shape(tokens_q=256, tokens_k=256)
+    state = fresh_state(shape)
+    state.mask.copy_(block_bits(4, 0, 1, 3).expand_as(state.mask))
+    IMPLEMENTATIONS[implementation](
+        *make_inputs(shape), *state, torch.tensor([-4.0]), None, block_bits(4, 2, 3), 0.25, True, rule
+    )
+    assert unpack_bits(state.mask, 4)[:, :, 0, 2:].tolist() == [[[False, True]] * 2]
+    assert not unpack_bits(state.mask, 4)[:, :, 1, 2:].any()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_forced_blocks_agree_with_the_reference(rule: Rule, causal: bool) -> None:
+    shape = Shape(tokens_q=200, tokens_k=400)
+    state = fresh_state(shape)
+    state.mask.bitwise_and_(~block_bits(7, 1, 2, 5))
+    for _ in range(3):
+        assert_step_agrees(make_inputs(shape), state, [-3.0], rule, block_bits(7, 1, 4, 5), block_bits(7, 0, 5), causal)
+    bits = unpack_bits(state.mask, 7)
+    assert bits[..., [1, 4]].all()
+    assert not bits[..., [0, 5]].any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_everything_forbidden_gives_zeros(implementation: str) -> None:
+    state = fresh_state(Shape(tokens_q=3, tokens_k=2 * BLOCK_K, heads=1))
+    for _ in range(2):
+        out, lse = IMPLEMENTATIONS[implementation](
+            *level_inputs([0.0, 1.0]), *state, torch.tensor([-4.0]), None, all_blocks(2), 1.0, False, "mass"
+        )
+        assert not out.any()
+        assert (lse == -math.inf).all()
+        assert not state.mask.any()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_non_contiguous_inputs(rule: Rule) -> None:
+    shape = Shape(heads=4)
+    query, key, value = make_inputs(shape)
+    inputs = (
+        query.permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3),
+        key.repeat_interleave(2, dim=3)[..., ::2],
+        value.flip(1).contiguous().flip(1).expand(1, -1, -1, -1),
+    )
+    assert not inputs[0].is_contiguous()
+    assert not inputs[1].is_contiguous()
+    state = fresh_state(shape)
+    for _ in range(2):
+        assert_step_agrees(inputs, state, [-5.0], rule)
+
+
+def test_bits_past_the_last_block_are_ignored_and_written_as_zero() -> None:
+    shape = Shape()
+    state, dirty = fresh_state(shape), fresh_state(shape)
+    dirty.mask.fill_(-1)
+    for after in (state, dirty):
+        ops.forward(
+            *make_inputs(shape),
+            after.mask,
+            None,
+            torch.tensor([-5.0]),
+            None,
+            None,
+            0.25,
+            False,
+            "running_max",
+        )
+    assert torch.equal(state.mask, dirty.mask)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    tokens_q=st.integers(1, 140),
+    tokens_k=st.integers(1, 200),
+    group=st.integers(1, 3),
+    rule=st.sampled_from(RULES),
+    causal=st.booleans(),
+    threshold=st.floats(-12.0, -1.0),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_agrees_with_the_reference(
+    tokens_q: int, tokens_k: int, group: int, rule: Rule, causal: bool, threshold: float, seed: int
+) -> None:
+    shape = Shape(tokens_q=tokens_q, tokens_k=tokens_k, heads=group, kv_heads=1)
+    state = fresh_state(shape)
+    for step in range(2):
+        assert_step_agrees(make_inputs(shape, seed=seed + step), state, [threshold], rule, causal=causal)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), rule=st.sampled_from(RULES), threshold=st.floats(-8.0, -0.5))
+def test_forced_blocks_hold_in_any_state(data: st.DataObject, rule: Rule, threshold: float) -> None:
+    shape = Shape(tokens_q=130, tokens_k=5 * BLOCK_K - 3, heads=1, kv_heads=1)
+    words = st.integers(0, 31).map(lambda word: torch.tensor([word], dtype=torch.int32))
+    must_visit, must_skip = data.draw(words), data.draw(words)
+    must_visit &= ~must_skip
+    state = fresh_state(shape)
+    state.mask.copy_(data.draw(words).expand_as(state.mask))
+    for step in range(2):
+        ops.forward(
+            *make_inputs(shape, seed=step),
+            *state,
+            torch.tensor([threshold]),
+            must_visit,
+            must_skip,
+            0.25,
+            False,
+            rule,
+        )
+        assert torch.equal(state.mask & must_visit, must_visit.expand_as(state.mask))
+        assert not (state.mask & must_skip).any()
+        assert state.mask.all() or must_skip.item() == 31
+
+
+@pytest.mark.parametrize("tracked", ["dense", "running_max", "mass", "forced"])
+def test_operator_is_registered_correctly(tracked: str) -> None:
+    shape = Shape(tokens_q=130, tokens_k=70, heads=2, kv_heads=1)
+    state = fresh_state(shape)
+    threshold = torch.tensor([-4.0])
+    word = block_bits(2, 0)
+    optional: dict[str, tuple[Tensor | None, ...]] = {
+        "dense": (None, None, None, None, None),
+        "running_max": (state.mask, None, threshold, None, None),
+        "mass": (state.mask, state.lse, threshold, None, None),
+        "forced": (state.mask, state.lse, threshold, word, word),
+    }
+    rule = "running_max" if tracked == "running_max" else "mass"
+    torch.library.opcheck(
+        torch.ops.lite_attention.forward.default,
+        (*make_inputs(shape), *optional[tracked], 0.25, False, rule),
+    )
+
+
+VALID = {
+    "query": torch.zeros(2, 130, 4, 8),
+    "key": torch.zeros(2, 70, 2, 8),
+    "value": torch.zeros(2, 70, 2, 8),
+    "mask": torch.ones(2, 4, 2, 1, dtype=torch.int32),
+    "lse_state": torch.zeros(2, 4, 130),
+    "thresholds": torch.zeros(2),
+    "must_visit": torch.zeros(1, dtype=torch.int32),
+    "must_skip": torch.zeros(1, dtype=torch.int32),
+    "scale": 1.0,
+    "causal": False,
+    "rule": "mass",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        (
+            "query",
+            torch.zeros(2, 130, 8),
+            ValueError,
+            r"query: expected \(batch, tokens, heads, head_dim\), got",
+        ),
+        (
+            "query",
+            torch.zeros(2, 130, 4, 8).double(),
+            TypeError,
+            "query: expected float32, .* got torch.float64",
+        ),
+        ("query", torch.zeros(2, 130, 3, 8), ValueError, "key: expected kv_heads that divide 3 heads, got 2"),
+        ("key", torch.zeros(3, 70, 2, 8), ValueError, r"key: expected \(2, tokens, kv_heads, 8\), got"),
+        ("key", torch.zeros(2, 70, 2, 9), ValueError, r"key: expected .* got shape \(2, 70, 2, 9\)"),
+        ("key", torch.zeros(2, 70, 0, 8), ValueError, "key: expected kv_heads that divide 4 heads, got 0"),
+        ("key", torch.zeros(2, 70, 2, 8).half(), TypeError, "key: expected torch.float32, got torch.float16"),
+        ("value", torch.zeros(2, 71, 2, 8), ValueError, r"value: expected shape \(2, 70, 2, 8\), got"),
+        (
+            "value",
+            torch.zeros(2, 70, 2, 8).half(),
+            TypeError,
+            "value: expected torch.float32, got torch.float16",
+        ),
+        (
+            "mask",
+            torch.ones(2, 4, 1, 1, dtype=torch.int32),
+            ValueError,
+            r"mask: expected shape \(2, 4, 2, 1\)",
+        ),
+        ("mask", torch.ones(2, 4, 2, 1), TypeError, "mask: expected torch.int32, got torch.float32"),
+        ("mask", None, ValueError, "lse_state: expected None without a mask"),
+        ("lse_state", torch.zeros(2, 130, 4), ValueError, r"lse_state: expected shape \(2, 4, 130\)"),
+        ("lse_state", None, ValueError, "lse_state: expected a tensor with rule 'mass', got None"),
+        ("thresholds", torch.zeros(1), ValueError, r"thresholds: expected shape \(2,\), got \(1,\)"),
+        ("thresholds", torch.zeros(2).double(), TypeError, "thresholds: expected torch.float32, got"),
+        ("thresholds", None, ValueError, "thresholds: expected a tensor beside a mask, got None"),
+        ("must_visit", torch.zeros(2, dtype=torch.int32), ValueError, r"must_visit: expected shape \(1,\)"),
+        ("must_skip", torch.zeros(1), TypeError, "must_skip: expected torch.int32, got torch.float32"),
+        ("rule", "max", ValueError, "rule: expected 'running_max' or 'mass', got 'max'"),
+        ("thresholds", torch.zeros(2, device="meta"), ValueError, "thresholds: expected a tensor on"),
+    ],
+)
+def test_errors_name_the_argument(name: str, value: object, error: type[Exception], message: str) -> None:
+    arguments = VALID | {name: value}
+    with pytest.raises(error, match=message):
+        torch.ops.lite_attention.forward(*arguments.values())
