@@ -1,0 +1,1 @@
+"""What the adapters of all engines share: request parameters, server defaults, metrics. No engine here."""

@@ -1,0 +1,210 @@
+"""What the workers of an engine skipped, as Prometheus metrics of its front end.
+
+A worker counts into a small file that it alone writes; the front end adds the files of a directory up when
+it is scraped. Nothing waits for anything: a scrape may see a step half counted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+
+LOWEST_BUCKET: Final = -32
+
+THRESHOLD_BUCKETS: Final = tuple(str(-bucket) for bucket in range(1 - LOWEST_BUCKET))
+"""Label values: the threshold rounded to a whole number; "-32" holds all lower ones too."""
+
+FALLBACK_REASONS: Final = (
+    "sliding_window",
+    "kv_cache_dtype",
+    "sinks",
+    "alibi",
+    "softcap",
+    "attn_type",
+    "kv_sharing",
+    "head_size",
+    "dtype",
+    "speculative",
+    "block_size",
+    "platform",
+    "runner",
+    "kv_transfer",
+    "parallelism",
+    "bad_options",
+)
+
+Counts = NDArray[np.int64]
+
+# A counter file is an array of int64: the layout's mark, two gauges, then these groups of counters.
+_MARK = 0x4C495445_0001
+_HEADER = 3
+_ROWS = slice(_HEADER, _HEADER + len(THRESHOLD_BUCKETS))
+_VISITED = slice(_ROWS.stop, _ROWS.stop + len(THRESHOLD_BUCKETS))
+_TOTAL = slice(_VISITED.stop, _VISITED.stop + len(THRESHOLD_BUCKETS))
+_FALLBACKS = slice(_TOTAL.stop, _TOTAL.stop + len(FALLBACK_REASONS))
+_LENGTH = _FALLBACKS.stop
+
+
+def bucket_index(threshold: float) -> int:
+    """The place of a threshold in THRESHOLD_BUCKETS."""
+    return -round(max(float(LOWEST_BUCKET), min(0.0, threshold)))
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What was counted, by place in THRESHOLD_BUCKETS and FALLBACK_REASONS."""
+
+    slots: int
+    active_slots: int
+    rows: Counts
+    blocks_visited: Counts
+    blocks_total: Counts
+    fallback_rows: Counts
+
+    @classmethod
+    def of(cls, values: Counts) -> Self:
+        return cls(
+            int(values[1]),
+            int(values[2]),
+            values[_ROWS],
+            values[_VISITED],
+            values[_TOTAL],
+            values[_FALLBACKS],
+        )
+
+
+class StepCounters:
+    """The counter file of one worker, which alone writes it."""
+
+    def __init__(self, values: np.memmap[Any, np.dtype[np.int64]]) -> None:
+        self._values = values
+
+    @classmethod
+    def create(cls, path: Path, slots: int) -> Self:
+        """A new file with nothing counted, for a worker with that many slots."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = np.memmap(path, dtype=np.int64, mode="w+", shape=(_LENGTH,))
+        values[1] = slots
+        values[0] = _MARK  # last: before it, the file counts as unfinished
+        return cls(values)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """A file that exists, to read it or to go on counting."""
+        values = np.memmap(path, dtype=np.int64, mode="r+")
+        if values.shape != (_LENGTH,) or values[0] != _MARK:
+            raise ValueError(f"{path}: expected a counter file of this version")
+        return cls(values)
+
+    def add_rows(self, threshold: float, rows: int, blocks_visited: int, blocks_total: int) -> None:
+        """Decode rows with this threshold, and the blocks of their contexts over all layers and heads."""
+        bucket = bucket_index(threshold)
+        self._values[_ROWS.start + bucket] += rows
+        self._values[_VISITED.start + bucket] += blocks_visited
+        self._values[_TOTAL.start + bucket] += blocks_total
+
+    def add_fallback(self, reason: str, rows: int) -> None:
+        """Decode rows that stock attention computed although they asked for skipping."""
+        self._values[_FALLBACKS.start + FALLBACK_REASONS.index(reason)] += rows
+
+    def set_active_slots(self, slots: int) -> None:
+        self._values[2] = slots
+
+    def read(self) -> Snapshot:
+        return Snapshot.of(np.array(self._values))
+
+
+def read_directory(directory: Path) -> Snapshot:
+    """The sum over the counter files in a directory; other and unfinished files count nothing."""
+    total = np.zeros(_LENGTH, dtype=np.int64)
+    for path in directory.glob("*"):
+        try:
+            values = np.fromfile(path, dtype=np.int64)
+        except OSError:
+            continue
+        if values.shape == (_LENGTH,) and values[0] == _MARK:
+            total += values
+    return Snapshot.of(total)
+
+
+class LiteAttnCollector(Collector):
+    """Metrics made from a directory of counter files at the moment of a scrape."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def describe(self) -> Iterator[Metric]:
+        return self._metrics(read_directory(self.directory))
+
+    def collect(self) -> Iterator[Metric]:
+        return self._metrics(read_directory(self.directory))
+
+    def _metrics(self, counted: Snapshot) -> Iterator[Metric]:
+        seen = [index for index, rows in enumerate(counted.rows) if rows]
+        for name, help_text, values in (
+            ("lite_attn_rows", "Decode rows computed with skipping.", counted.rows),
+            (
+                "lite_attn_blocks_visited",
+                "Blocks these rows read, over layers and heads.",
+                counted.blocks_visited,
+            ),
+            (
+                "lite_attn_blocks",
+                "Blocks in these rows' contexts, over layers and heads.",
+                counted.blocks_total,
+            ),
+        ):
+            family = CounterMetricFamily(name, help_text, labels=["threshold"])
+            for index in seen:
+                family.add_metric([THRESHOLD_BUCKETS[index]], int(values[index]))
+            yield family
+        fallbacks = CounterMetricFamily(
+            "lite_attn_fallback_rows",
+            "Decode rows that asked for skipping and ran stock attention.",
+            labels=["reason"],
+        )
+        for reason, rows in zip(FALLBACK_REASONS, counted.fallback_rows, strict=True):
+            fallbacks.add_metric([reason], int(rows))
+        yield fallbacks
+        yield GaugeMetricFamily("lite_attn_active_slots", "Sequences that hold skip state.", counted.active_slots)
+        yield GaugeMetricFamily("lite_attn_slots", "Sequences that can hold skip state.", counted.slots)
+
+
+_collectors: WeakKeyDictionary[CollectorRegistry, LiteAttnCollector] = WeakKeyDictionary()
+
+
+def register(directory: Path, registry: CollectorRegistry = REGISTRY) -> None:
+    """Show the metrics of a directory in a registry; done again, only the directory changes.
+
+    With PROMETHEUS_MULTIPROC_DIR set, as with several API servers, a scrape is answered from that directory
+    and not from the processes' own registries; then the metrics join what is read from it.
+    """
+    known = _collectors.get(registry)
+    if known is not None:
+        known.directory = directory
+        return
+    collector = _collectors[registry] = LiteAttnCollector(directory)
+    registry.register(collector)
+    if registry is REGISTRY and "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        _join_multiprocess(collector)
+
+
+def _join_multiprocess(collector: LiteAttnCollector) -> None:
+    stock = MultiProcessCollector.collect
+
+    def collect(self: MultiProcessCollector) -> Iterator[Metric]:
+        yield from stock(self)
+        yield from collector.collect()
+
+    MultiProcessCollector.collect = collect  # type: ignore[method-assign]

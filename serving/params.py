@@ -1,0 +1,173 @@
+"""Request parameters and server options, validated in one place for every adapter.
+
+A request carries `lite_attn_*` keys among its extra arguments; the server's defaults and limits stand under
+`lite_attn` in its additional config. Both go through `RequestOptions`, so a value means the same everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+PREFIX: Final = "lite_attn_"
+CONFIG_KEY: Final = "lite_attn"
+MAX_THRESHOLD_SIZE: Final = 1000.0
+MAX_STEPS: Final = 1_000_000
+
+_MAX_SHOWN_CHARS = 80
+_MAX_SHOWN_ERRORS = 4
+
+
+class LiteParamError(ValueError):
+    """A request's `lite_attn_*` parameter cannot be used; `parameter` is the first one at fault."""
+
+    def __init__(self, message: str, parameter: str) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+def _shown(value: object) -> str:
+    """A value as an error shows it: short, whatever a client sent."""
+    try:
+        text = reprlib.repr(value)
+    except Exception:  # an integer of too many digits to print, an object whose repr fails
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= _MAX_SHOWN_CHARS else text[: _MAX_SHOWN_CHARS - 3] + "..."
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _threshold(value: Any) -> float:
+    if _is_number(value) and (value == -math.inf or abs(value) <= MAX_THRESHOLD_SIZE):
+        return -abs(float(value)) or 0.0
+    raise ValueError(
+        f"expected a number from -{MAX_THRESHOLD_SIZE:.0f} to 0 (log2 of a share; a positive number means "
+        "its negative) or -inf"
+    )
+
+
+def _switch(value: Any) -> bool:
+    # An engine's own parser may have turned true into 1.
+    if isinstance(value, int | float) and value in (0, 1):
+        return bool(value)
+    raise ValueError("expected true or false")
+
+
+def _steps(value: Any) -> int:
+    if _is_number(value) and 0 <= value <= MAX_STEPS and value == int(value):
+        return int(value)
+    raise ValueError(f"expected a whole number from 0 to {MAX_STEPS}")
+
+
+Threshold = Annotated[float, BeforeValidator(_threshold)]
+Switch = Annotated[bool, BeforeValidator(_switch)]
+Steps = Annotated[int, BeforeValidator(_steps)]
+
+
+class RequestOptions(BaseModel):
+    """How one sequence skips.
+
+    `threshold` is log2 of a share of the softmax, zero or less; -inf never skips. All blocks are visited in
+    the first `warmup_steps` decode steps and then in every `refresh_interval`-th one (0 is never).
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    threshold: Threshold
+    enable: Switch
+    refresh_interval: Steps
+    warmup_steps: Steps
+
+    @property
+    def skips(self) -> bool:
+        return self.enable and self.threshold > -math.inf
+
+
+DENSE: Final = RequestOptions(threshold=-math.inf, enable=False, refresh_interval=0, warmup_steps=0)
+
+
+class ServerOptions(RequestOptions):
+    """What a request gets that does not say, and the highest threshold that a request may ask for."""
+
+    threshold: Threshold = -7.0
+    enable: Switch = True
+    refresh_interval: Steps = 0
+    warmup_steps: Steps = 0
+    max_threshold: Threshold | None = None
+
+    @classmethod
+    def from_additional_config(cls, config: object) -> Self:
+        """Reads `lite_attn` of an engine's additional config; raises ValueError that names the key."""
+        given = config.get(CONFIG_KEY) if isinstance(config, Mapping) else None
+        place = f"additional_config.{CONFIG_KEY}"
+        if given is None:
+            return cls()
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{place}: expected a table of options, got {_shown(given)}")
+        try:
+            options = cls.model_validate(dict(given))
+        except ValidationError as error:
+            raise ValueError(_describe(error, f"{place}.", cls)) from None
+        if options.max_threshold is not None and options.threshold > options.max_threshold:
+            raise ValueError(
+                f"{place}.threshold: expected at most {place}.max_threshold = {options.max_threshold}, "
+                f"got {options.threshold}"
+            )
+        return options
+
+
+def parse_request(extra_args: object, server: ServerOptions) -> RequestOptions:
+    """The options of a request from its extra arguments; those that it leaves out are the server's.
+
+    Keys that do not begin with `lite_attn_` belong to others. Raises LiteParamError.
+    """
+    if extra_args is None:
+        extra_args = {}
+    if not isinstance(extra_args, Mapping):
+        raise LiteParamError(f"extra_args: expected a mapping, got {_shown(extra_args)}", "extra_args")
+    given = {
+        key.removeprefix(PREFIX): value
+        for key, value in extra_args.items()
+        if isinstance(key, str) and key.startswith(PREFIX)
+    }
+    defaults = {name: getattr(server, name) for name in RequestOptions.model_fields}
+    try:
+        options = RequestOptions.model_validate(defaults | given)
+    except ValidationError as error:
+        raise LiteParamError(
+            _describe(error, PREFIX, RequestOptions), f"{PREFIX}{error.errors()[0]['loc'][0]}"
+        ) from None
+    limit = server.max_threshold
+    if limit is not None and options.threshold > limit:
+        raise LiteParamError(
+            f"{PREFIX}threshold: expected at most {limit}, the limit of this server, got {options.threshold}",
+            f"{PREFIX}threshold",
+        )
+    return options
+
+
+def parse_request_lenient(extra_args: object, server: ServerOptions) -> RequestOptions:
+    """As `parse_request` where raising would end an engine: what cannot be read gets `DENSE` itself."""
+    try:
+        return parse_request(extra_args, server)
+    except LiteParamError:
+        return DENSE
+
+
+def _describe(error: ValidationError, prefix: str, model: type[RequestOptions]) -> str:
+    """Pydantic's errors as ours: the parameter, what was expected, what came."""
+    messages = []
+    for item in error.errors(include_url=False)[:_MAX_SHOWN_ERRORS]:
+        name = str(item["loc"][0])
+        if item["type"] == "extra_forbidden":
+            known = ", ".join(f"{prefix}{field}" for field in model.model_fields)
+            messages.append(f"{prefix}{_shown(name)[1:-1]}: unknown; expected one of {known}")
+        else:
+            messages.append(f"{prefix}{name}: {item['ctx']['error']}, got {_shown(item['input'])}")
+    return "; ".join(messages)

@@ -1,0 +1,178 @@
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lite_attention.serving.params import (
+    DENSE,
+    LiteParamError,
+    RequestOptions,
+    ServerOptions,
+    parse_request,
+    parse_request_lenient,
+)
+
+SERVER = ServerOptions()
+KNOWN = ("lite_attn_threshold", "lite_attn_enable", "lite_attn_refresh_interval", "lite_attn_warmup_steps")
+
+unprintable = st.builds(lambda digits: 10**digits, st.just(5000))  # Python refuses to show so many digits
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | unprintable
+json_values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+)
+names = st.sampled_from(KNOWN) | st.text(max_size=12).map("lite_attn_".__add__) | st.text(max_size=20)
+
+
+def test_defaults_of_the_server() -> None:
+    expected = RequestOptions(threshold=-7.0, enable=True, refresh_interval=0, warmup_steps=0)
+    assert parse_request(None, SERVER) == expected
+    assert parse_request({}, SERVER) == expected
+    assert parse_request({"top_a": 1, "liteattn": "x", 3: 4}, SERVER) == expected
+    assert expected.skips
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "field", "expected"),
+    [
+        ("lite_attn_threshold", -6, "threshold", -6.0),
+        ("lite_attn_threshold", 6.5, "threshold", -6.5),
+        ("lite_attn_threshold", 0, "threshold", 0.0),
+        ("lite_attn_threshold", -1000, "threshold", -1000.0),
+        ("lite_attn_threshold", -math.inf, "threshold", -math.inf),
+        ("lite_attn_enable", False, "enable", False),
+        ("lite_attn_enable", 0, "enable", False),
+        ("lite_attn_enable", 1, "enable", True),
+        ("lite_attn_refresh_interval", 8, "refresh_interval", 8),
+        ("lite_attn_refresh_interval", 8.0, "refresh_interval", 8),
+        ("lite_attn_warmup_steps", 1_000_000, "warmup_steps", 1_000_000),
+    ],
+)
+def test_accepted(key: str, value: Any, field: str, expected: Any) -> None:
+    got = getattr(parse_request({key: value}, SERVER), field)
+    assert got == expected
+    assert type(got) is type(expected)
+
+
+def test_zero_threshold_has_no_sign() -> None:
+    assert math.copysign(1, parse_request({"lite_attn_threshold": 0}, SERVER).threshold) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(
+            ("lite_attn_threshold", value)
+            for value in (math.nan, math.inf, True, "hot", "-6", None, [-6], {"a": 1}, -1000.5, 1001, 10**400)
+        ),
+        *(("lite_attn_enable", value) for value in (2, -1, "true", "false", None, [True], math.nan, 0.5)),
+        *(
+            (key, value)
+            for key in ("lite_attn_refresh_interval", "lite_attn_warmup_steps")
+            for value in (-1, 1.5, math.nan, math.inf, True, "4", None, [4], 1_000_001, 10**400)
+        ),
+    ],
+)
+def test_rejected_by_name(key: str, value: Any) -> None:
+    with pytest.raises(LiteParamError, match=f"^{key}: expected .*, got ") as caught:
+        parse_request({key: value}, SERVER)
+    assert caught.value.parameter == key
+    assert len(str(caught.value)) < 250
+    assert parse_request_lenient({key: value}, SERVER) is DENSE
+
+
+def test_unknown_key_lists_the_known_ones() -> None:
+    with pytest.raises(LiteParamError, match="^lite_attn_treshold: unknown") as caught:
+        parse_request({"lite_attn_treshold": -6}, SERVER)
+    assert all(name in str(caught.value) for name in KNOWN)
+
+
+def test_each_error_is_told() -> None:
+    with pytest.raises(LiteParamError) as caught:
+        parse_request({"lite_attn_threshold": "hot", "lite_attn_warmup_steps": -1}, SERVER)
+    assert str(caught.value).count("expected") == 2
+
+
+def test_a_huge_value_is_not_echoed() -> None:
+    for extra_args in (
+        {"lite_attn_threshold": "x" * 10**6},
+        {"lite_attn_threshold": list(range(10**5))},
+        {"lite_attn_" + "x" * 10**6: 1},
+        {f"lite_attn_{index}": 1 for index in range(1000)},
+    ):
+        with pytest.raises(LiteParamError) as caught:
+            parse_request(extra_args, SERVER)
+        assert len(str(caught.value)) < 1500
+
+
+def test_disabled_or_minus_infinity_does_not_skip() -> None:
+    assert not parse_request({"lite_attn_enable": False}, SERVER).skips
+    assert not parse_request({"lite_attn_threshold": -math.inf}, SERVER).skips
+    assert not DENSE.skips
+
+
+def test_limit_of_the_server() -> None:
+    server = ServerOptions.from_additional_config({"lite_attn": {"max_threshold": -5}})
+    assert parse_request({"lite_attn_threshold": -5}, server).threshold == -5
+    with pytest.raises(LiteParamError, match="^lite_attn_threshold: expected at most -5.0"):
+        parse_request({"lite_attn_threshold": -4.9}, server)
+
+
+def test_server_options_are_read() -> None:
+    config = {
+        "lite_attn": {"threshold": 6, "enable": False, "refresh_interval": 8, "warmup_steps": 2},
+        "other": 1,
+    }
+    server = ServerOptions.from_additional_config(config)
+    assert parse_request({"lite_attn_enable": True}, server) == RequestOptions(
+        threshold=-6.0, enable=True, refresh_interval=8, warmup_steps=2
+    )
+
+
+@pytest.mark.parametrize("config", [None, {}, {"other": {}}, {"lite_attn": None}, {"lite_attn": {}}, object()])
+def test_no_server_options(config: object) -> None:
+    assert ServerOptions.from_additional_config(config) == SERVER
+
+
+@pytest.mark.parametrize(
+    ("table", "named"),
+    [
+        ({"threshold": "hot"}, r"additional_config\.lite_attn\.threshold: expected a number"),
+        ({"treshold": -6}, r"additional_config\.lite_attn\.treshold: unknown.*max_threshold"),
+        ({"enable": "yes"}, r"additional_config\.lite_attn\.enable: expected true or false, got 'yes'"),
+        ({"max_threshold": math.nan}, r"additional_config\.lite_attn\.max_threshold: expected a number"),
+        (
+            {"threshold": -3, "max_threshold": -5},
+            r"additional_config\.lite_attn\.threshold: expected at most",
+        ),
+        ([1], r"additional_config\.lite_attn: expected a table"),
+    ],
+)
+def test_server_options_rejected(table: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        ServerOptions.from_additional_config({"lite_attn": table})
+
+
+@given(st.dictionaries(names, json_values, max_size=5) | json_values)
+def test_only_our_error_whatever_comes(extra_args: Any) -> None:
+    lenient = parse_request_lenient(extra_args, SERVER)
+    try:
+        options = parse_request(extra_args, SERVER)
+    except LiteParamError as error:
+        assert lenient is DENSE
+        assert len(str(error)) < 1500
+        str(error).encode("utf-8")
+    else:
+        assert lenient == options
+        assert options.threshold <= 0
+        assert options.refresh_interval >= 0 and options.warmup_steps >= 0
+
+
+@given(json_values)
+def test_server_config_raises_only_value_error(table: Any) -> None:
+    try:
+        ServerOptions.from_additional_config({"lite_attn": table})
+    except ValueError as error:
+        assert "additional_config.lite_attn" in str(error)
