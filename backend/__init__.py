@@ -1,0 +1,1 @@
+"""Adapters that plug LiteAttention into inference engines, one folder an engine."""

@@ -1,0 +1,1 @@
+"""LITE_ATTN for vLLM: name, hooks, attention backends."""

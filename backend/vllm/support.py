@@ -1,0 +1,103 @@
+"""What LITE_ATTN can act on, and what it says where it cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+
+from lite_attention.tiles import DECODE_BLOCK
+
+logger = init_logger("vllm.lite_attn")
+
+TESTED_VERSIONS = {"cpu": ("0.30", "0.32"), "cuda": ("0.26",)}
+"""Minor releases of vLLM that this adapter was run on, by platform."""
+
+REASONS = {
+    "sliding_window": "a sliding window already bounds what is read",
+    "kv_cache_dtype": "the KV cache is quantized",
+    "sinks": "attention sinks are not supported",
+    "alibi": "ALiBi slopes are not supported",
+    "softcap": "capped logits are not supported",
+    "attn_type": "only decoder self-attention skips",
+    "kv_sharing": "the layer reads another layer's cache",
+    "head_size": "the head size is not a multiple of 16 up to 256",
+    "dtype": "the dtype is not float32, bfloat16 or float16",
+    "speculative": "speculative decoding computes several tokens a step",
+    "block_size": "the cache's block size is not a multiple of 16",
+    "platform": "there are no kernels for this device or its cache layout",
+    "runner": "this model runner is not supported",
+    "kv_transfer": "a KV connector writes the cache behind our back",
+    "parallelism": "context parallelism and dual-batch overlap are not supported",
+}
+"""Why a layer stays with the stock attention; the keys label the metric of fallbacks."""
+
+
+def warn_of_untested_version(platform: str) -> None:
+    """Say once at start-up that this release of vLLM was never tried."""
+    from vllm import __version__ as version
+
+    tested = TESTED_VERSIONS[platform]
+    if ".".join(version.split(".")[:2]) not in tested:
+        logger.warning("LITE_ATTN was tested with vLLM %s on %s, this is %s", ", ".join(tested), platform, version)
+
+
+def config_reason(vllm_config: Any) -> str | None:
+    """Why no layer of an engine with this configuration can skip; None if layers can."""
+    parallel = vllm_config.parallel_config
+    if vllm_config.speculative_config is not None:
+        return "speculative"
+    if vllm_config.kv_transfer_config is not None:
+        return "kv_transfer"
+    contexts = ("decode_context_parallel_size", "prefill_context_parallel_size")
+    if any(getattr(parallel, name, 1) > 1 for name in contexts) or getattr(parallel, "enable_dbo", False):
+        return "parallelism"
+    if getattr(vllm_config, "use_v2_model_runner", False):
+        return "runner"
+    return None
+
+
+def layer_reason(impl: Any, is_decoder: bool, dtype: torch.dtype, quantized: bool) -> str | None:
+    """Why a layer cannot skip; None if it can. `impl` is vLLM's attention implementation of that layer."""
+    if not is_decoder:
+        return "attn_type"
+    if impl.sliding_window not in (None, -1, (-1, -1)):
+        return "sliding_window"
+    if impl.alibi_slopes is not None:
+        return "alibi"
+    if impl.logits_soft_cap:
+        return "softcap"
+    if getattr(impl, "sinks", None) is not None:
+        return "sinks"
+    if impl.kv_sharing_target_layer_name is not None:
+        return "kv_sharing"
+    if quantized:
+        return "kv_cache_dtype"
+    if impl.head_size % 16 or impl.head_size > 256:
+        return "head_size"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return "dtype"
+    return None
+
+
+def report(
+    vllm_config: Any, layer_names: list[str], reason: str | None, state_bytes: int, kernels: tuple[bool, str]
+) -> None:
+    """Say at start-up what LITE_ATTN does with a group of layers."""
+    layers = f"{len(layer_names)} layers, {layer_names[0]} to {layer_names[-1]}"
+    if reason is not None:
+        logger.warning("LITE_ATTN cannot act on %s: %s. They run stock attention.", layers, REASONS[reason])
+        return
+    available, detail = kernels
+    implementation = f"compiled kernels ({detail})" if available else f"the slow reference: kernels {detail}"
+    head_bytes = 2 * vllm_config.model_config.get_head_size()
+    block_bytes = head_bytes * DECODE_BLOCK * vllm_config.model_config.dtype.itemsize
+    logger.info(
+        "LITE_ATTN acts on %s with %s. State: %.1f MiB for %d sequences; summaries add %.1f %% to the KV cache.",
+        layers,
+        implementation,
+        state_bytes / 2**20,
+        vllm_config.scheduler_config.max_num_seqs,
+        100 * (head_bytes + 8) / block_bytes,
+    )
