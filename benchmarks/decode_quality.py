@@ -14,6 +14,7 @@ import argparse
 import copy
 import inspect
 import math
+import os
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +33,9 @@ from lite_attention.tiles import DECODE_BLOCK, ceil_div, mask_words
 TEXTS = ("argparse", "dataclasses", "typing", "inspect")
 CACHE_BYTES = 2  # of a number in the cache that the share read is reckoned for
 PAGE = 128
+DEFAULT_MODEL = str(
+    Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lite-attention/smollm2-135m-instruct"
+)
 
 
 class PagedLayer:
@@ -68,6 +72,9 @@ class SkippingDecode:
         self.steps: dict[int, int] = {}
         self.visited = self.total = 0
 
+    def before_step(self, layer_number: int, query: Tensor, tokens: int, scale: float, visit_all: bool) -> None:
+        """Called before each step of a layer, with the query (1, heads, head_dim)."""
+
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
@@ -81,7 +88,8 @@ class SkippingDecode:
             layer.write(key[0, :, -1:], value[0, :, -1:], tokens - 1)
         step = self.steps.get(module.layer_idx, 0)
         self.steps[module.layer_idx] = step + 1
-        refresh = step == 0 or (self.refresh_interval > 0 and step % self.refresh_interval == 0)
+        visit_all = step == 0 or (self.refresh_interval > 0 and step % self.refresh_interval == 0)
+        self.before_step(module.layer_idx, query[:, :, 0], tokens, module.scaling, visit_all)
         out, _, visited = torch.ops.lite_attention.decode(
             query[:, :, 0],
             layer.key,
@@ -91,7 +99,7 @@ class SkippingDecode:
             torch.tensor([tokens], dtype=torch.int32),
             torch.zeros(1, dtype=torch.int32),
             torch.tensor([self.threshold]),
-            torch.tensor([refresh]),
+            torch.tensor([visit_all]),
             layer.mask,
             layer.lse,
             module.scaling,
@@ -99,6 +107,28 @@ class SkippingDecode:
         self.visited += int(visited)
         self.total += key.shape[1] * ceil_div(tokens, DECODE_BLOCK)
         return out[:, None], None
+
+
+def load(
+    folder: str, capacity: int, make: Callable[[Callable[..., Any], int], SkippingDecode] = SkippingDecode
+) -> tuple[Any, Any, SkippingDecode]:
+    """Model in float32, tokenizer, and the attention put into the model."""
+    torch.set_grad_enabled(False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    attention = make(ALL_ATTENTION_FUNCTIONS["sdpa"], capacity)
+    ALL_ATTENTION_FUNCTIONS.register("lite_attention", attention)
+    model.config._attn_implementation = "lite_attention"
+    return model, AutoTokenizer.from_pretrained(folder), attention
+
+
+def prefill(model: Any, tokenizer: Any, text: str, context: int, steps: int) -> tuple[DynamicCache, Tensor]:
+    """Cache of the first `context` tokens of a module's source, and the `steps` tokens behind them."""
+    tokens = tokenizer(inspect.getsource(import_module(text)), return_tensors="pt").input_ids[0]
+    if len(tokens) < context + steps:
+        raise SystemExit(f"--texts: expected modules of {context + steps} tokens, {text} has {len(tokens)}")
+    cache = DynamicCache()
+    model(tokens[None, :context], past_key_values=cache, logits_to_keep=1)
+    return cache, tokens[context : context + steps]
 
 
 def decode(model: Any, attention: SkippingDecode, prompt_cache: DynamicCache, tokens: Tensor) -> Tensor:
@@ -114,8 +144,7 @@ def decode(model: Any, attention: SkippingDecode, prompt_cache: DynamicCache, to
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path("~/.cache/lite-attention/smollm2-135m-instruct").expanduser()
-    parser.add_argument("--model", default=str(default), help="folder from `lite-attention model smollm2`")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder from `lite-attention model smollm2`")
     parser.add_argument("--context", type=int, default=4096, help="tokens before the first step")
     parser.add_argument("--steps", type=int, default=128, help="teacher-forced steps a text")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[-4, -5, -6, -7, -8, -9, -10])
@@ -123,25 +152,13 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", default=list(TEXTS), help="modules of the standard library")
     args = parser.parse_args()
 
-    torch.set_grad_enabled(False)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    attention = SkippingDecode(ALL_ATTENTION_FUNCTIONS["sdpa"], args.context + args.steps)
-    ALL_ATTENTION_FUNCTIONS.register("lite_attention", attention)
-    model.config._attn_implementation = "lite_attention"
-
+    model, tokenizer, attention = load(args.model, args.context + args.steps)
     settings = [(t, r) for r in args.refresh_intervals for t in args.thresholds]
     sums = {setting: [0.0, 0, 0, 0] for setting in settings}
     progress = tqdm(total=len(args.texts) * (len(settings) + 1), unit="run")
     for text in args.texts:
-        source = inspect.getsource(import_module(text))
-        tokens = tokenizer(source, return_tensors="pt").input_ids[0]
-        if len(tokens) <= args.context + args.steps:
-            parser.error(f"--texts: {text} has only {len(tokens)} tokens")
         attention.restart(-math.inf)
-        prompt_cache = DynamicCache()
-        model(tokens[None, : args.context], past_key_values=prompt_cache, logits_to_keep=1)
-        forced = tokens[args.context : args.context + args.steps]
+        prompt_cache, forced = prefill(model, tokenizer, text, args.context, args.steps)
         dense = decode(model, attention, prompt_cache, forced)
         progress.update()
         for setting in settings:

@@ -211,6 +211,26 @@ def estimate(query: Tensor, summaries: Tensor) -> Tensor:
     return math.log2(DECODE_BLOCK) + query @ mean.T + spread
 
 
+def blocks_to_visit(query: Tensor, summaries: Tensor, mattered: Tensor, lse: Tensor, threshold: float) -> Tensor:
+    """Which blocks a KV head visits in a step that is not to visit all (see `decode`).
+
+    Args:
+        query: (group, head_dim), times softmax scale * log2(e).
+        summaries: (blocks, 2 * head_dim + 8).
+        mattered: (blocks,) bool, the mask bits.
+        lse: (group,) LSE of the step before, natural log.
+        threshold: log2 of a share.
+
+    Returns:
+        (blocks,) bool.
+    """
+    share = estimate(query, summaries) - lse[:, None].to(query.dtype) * LOG2_E
+    visit = mattered | (share > threshold).any(0)
+    visit[0] = True
+    visit[-2:] = True
+    return visit
+
+
 def decode(
     query: Tensor,
     key_cache: Tensor,
@@ -277,16 +297,10 @@ def decode(
         for kv_head in range(kv_heads):
             group_heads = slice(kv_head * group, (kv_head + 1) * group)
             q = query[row, group_heads].to(dtype) * (scale * LOG2_E)
-            visit = torch.zeros(blocks, dtype=torch.bool)
-            visit[0] = True
-            visit[-2:] = True
-            if dense or visit_all[row]:
-                visit[:] = True
-            else:
-                lse_before = lse_state[slot, group_heads, None].to(dtype)
-                share = estimate(q, summary[:, kv_head]) - lse_before * LOG2_E
+            visit = torch.ones(blocks, dtype=torch.bool)
+            if not (dense or visit_all[row]):
                 bits = unpack_bits(mask[slot, kv_head], blocks)
-                visit |= bits | (share > threshold).any(0)
+                visit = blocks_to_visit(q, summary[:, kv_head], bits, lse_state[slot, group_heads], threshold)
             chosen = visit.nonzero().flatten()
             visited[row] += len(chosen)
             tokens = (chosen[:, None] * DECODE_BLOCK + torch.arange(DECODE_BLOCK)).flatten()

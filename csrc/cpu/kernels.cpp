@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "params.h"
@@ -18,12 +19,26 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLog2Block = 4;
 constexpr int kScoreChunk = 128;  // blocks that a thread scores at a time
 constexpr int kPart = 32;         // visited blocks that a thread attends to at a time
+constexpr size_t kSmallWork = 1024;  // (block, query head) pairs that one thread computes before others wake up
 constexpr int kHeadTile = 4;      // query heads of a group that share a load of K or V
 constexpr int kRecent = 2;        // newest blocks, always visited
 
 static_assert(kBlock == kLanes, "a block of scores is one vector");
+static_assert(kBlock == 1 << int(kLog2Block));
+
+// Call a function with the number of heads that share a load, as a constant.
+template <typename F>
+auto with_heads(int heads, F&& call) {
+    switch (heads) {
+        case 1: return call(std::integral_constant<int, 1>());
+        case 2: return call(std::integral_constant<int, 2>());
+        case 3: return call(std::integral_constant<int, 3>());
+        default: return call(std::integral_constant<int, kHeadTile>());
+    }
+}
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -42,11 +57,13 @@ struct Unit {
 template <typename T>
 class Decode {
    public:
-    explicit Decode(const DecodeParams& params) : p(params), group(p.heads / p.kv_heads) {}
+    explicit Decode(const DecodeParams& params)
+        : p(params), group(p.heads / p.kv_heads), blocks_a_page(p.page_size / kBlock) {}
 
     void run() {
         plan_units();
-        const int threads = omp_get_max_threads();
+        const bool worth_threads = block_sum.size() > kSmallWork;
+        const int threads = worth_threads ? omp_get_max_threads() : 1;
 #pragma omp parallel num_threads(threads)
         {
 #pragma omp for schedule(static)
@@ -70,13 +87,13 @@ class Decode {
     };
 
     const DecodeParams& p;
-    const int group;
+    const int group, blocks_a_page;
     std::vector<Unit> units;
     std::vector<Span> score_chunks, parts;
     std::vector<float> queries;     // (units, group, head_dim), times scale * log2(e)
     std::vector<uint8_t> chosen;    // one flag a block
     std::vector<int> visit_list;    // numbers of the chosen blocks, ascending
-    std::vector<float> block_mass;  // (visited blocks, group) log2 of the block's sum of 2**s
+    std::vector<float> block_sum;   // (visited blocks, group) sum of 2**(s - maximum of the part)
     std::vector<float> part_out;    // (parts, group, head_dim)
     std::vector<float> part_max, part_sum;  // (parts, group)
 
@@ -95,12 +112,12 @@ class Decode {
         queries.resize(units.size() * group * p.head_dim);
         chosen.resize(base);
         visit_list.resize(base);
-        block_mass.resize(base * group);
+        block_sum.resize(base * group);
     }
 
     float* queries_of(const Unit& u) { return &queries[int64_t(&u - units.data()) * group * p.head_dim]; }
     int page_of(const Unit& u, int block) const {
-        return p.block_table[u.row * p.block_table_row + block * kBlock / p.page_size];
+        return p.block_table[u.row * p.block_table_row + block / blocks_a_page];
     }
     uint32_t* mask_of(const Unit& u) const {
         return reinterpret_cast<uint32_t*>(p.mask) + p.slots[u.row] * p.mask_slot + u.kv_head * p.mask_head;
@@ -126,26 +143,38 @@ class Decode {
 
     // Whether Gaussian keys with the block's mean and deviation would have more than the threshold's share.
     bool may_matter(const Unit& u, int block) {
+        for (int g = 0; g < group; g += kHeadTile) {
+            const bool matters = with_heads(group - g, [&](auto heads) { return may_matter<heads()>(u, block, g); });
+            if (matters) return true;
+        }
+        return false;
+    }
+
+    template <int H>
+    bool may_matter(const Unit& u, int block, int first) {
         const Summaries& s = p.summaries;
-        const int page = page_of(u, block), inner = block % (p.page_size / kBlock);
-        const uint8_t* summary = s.data + page * s.page + u.kv_head * s.head + inner * s.block;
+        const int D = p.head_dim;
+        const uint8_t* summary = s.data + page_of(u, block) * s.page + u.kv_head * s.head +
+                                 block % blocks_a_page * s.block;
         const int8_t* mean = reinterpret_cast<const int8_t*>(summary);
-        const uint8_t* deviation = summary + p.head_dim;
+        const uint8_t* deviation = summary + D;
         float scales[2];
-        std::memcpy(scales, summary + 2 * p.head_dim, sizeof scales);
-        const float threshold = p.thresholds[u.row];
-        for (int g = 0; g < group; ++g) {
-            const float* q = queries_of(u) + g * p.head_dim;
-            Vec linear = splat(0), square = splat(0);
-            for (int d = 0; d < p.head_dim; d += kLanes) {
-                const Vec qd = load(q + d);
-                linear += qd * load(mean + d);
-                const Vec spread = qd * load(deviation + d);
-                square += spread * spread;
+        std::memcpy(scales, summary + 2 * D, sizeof scales);
+        const float* q = queries_of(u) + first * D;
+        Vec linear[H], square[H];
+        for (int h = 0; h < H; ++h) linear[h] = square[h] = splat(0);
+        for (int d = 0; d < D; d += kLanes) {
+            const Vec m = load(mean + d), s = load(deviation + d);
+            for (int h = 0; h < H; ++h) {
+                const Vec qd = load(q + h * D + d), spread = qd * s;
+                linear[h] += qd * m;
+                square[h] += spread * spread;
             }
-            const Vec terms = linear * scales[0] + square * (scales[1] * scales[1] * 0.5f * kLn2);
-            const float mass = std::log2(float(kBlock)) + sum(terms);
-            if (mass - lse_of(u)[g] * kLog2E > threshold) return true;
+        }
+        const float square_scale = scales[1] * scales[1] * 0.5f * kLn2;
+        for (int h = 0; h < H; ++h) {
+            const float mass = kLog2Block + sum(linear[h] * scales[0] + square[h] * square_scale);
+            if (mass - lse_of(u)[first + h] * kLog2E > p.thresholds[u.row]) return true;
         }
         return false;
     }
@@ -164,52 +193,50 @@ class Decode {
     }
 
     void attend(const Span& part, int index) {
-        const Unit& u = units[part.unit];
-        for (int g = 0; g < group; g += kHeadTile) {
-            switch (std::min(kHeadTile, group - g)) {
-                case 1: attend_heads<1>(u, part, index, g); break;
-                case 2: attend_heads<2>(u, part, index, g); break;
-                case 3: attend_heads<3>(u, part, index, g); break;
-                default: attend_heads<kHeadTile>(u, part, index, g);
-            }
-        }
+        for (int g = 0; g < group; g += kHeadTile)
+            with_heads(group - g, [&](auto heads) { attend<heads()>(units[part.unit], part, index, g); });
     }
 
     template <int H>
-    void attend_heads(const Unit& u, const Span& part, int index, int first) {
-        const int D = p.head_dim;
+    void attend(const Unit& u, const Span& part, int index, int first) {
+        const int D = p.head_dim, count = part.end - part.begin;
+        const int* blocks = &visit_list[u.base + part.begin];
         const float* q = queries_of(u) + first * D;
+        Vec s[kPart][H], largest[H];
+        for (int h = 0; h < H; ++h) largest[h] = splat(-kInf);
+        for (int i = 0; i < count; ++i) {
+            if (i + 1 < count) prefetch_keys(u, blocks[i + 1]);
+            const int valid = std::min(kBlock, u.tokens - blocks[i] * kBlock);
+            const T* key = key_of(u, blocks[i]);
+            if (p.key.token == 1)
+                scores_by_token<H>(q, key, s[i]);
+            else
+                scores_by_channel<H>(q, key, valid, s[i]);
+            if (valid < kBlock) {
+                const IVec outside = kLaneNumbers >= valid;
+                for (int h = 0; h < H; ++h) s[i][h] = outside ? splat(-kInf) : s[i][h];
+            }
+            for (int h = 0; h < H; ++h) largest[h] = max(largest[h], s[i][h]);
+        }
+        float part_largest[H], total[H];
+        for (int h = 0; h < H; ++h) part_largest[h] = max(largest[h]), total[h] = 0;
         float* out = &part_out[(int64_t(index) * group + first) * D];
         std::fill(out, out + H * D, 0.0f);
-        float running_max[H], running_sum[H];
-        std::fill(running_max, running_max + H, -kInf);
-        std::fill(running_sum, running_sum + H, 0.0f);
-        for (int i = part.begin; i < part.end; ++i) {
-            const int block = visit_list[u.base + i], page = page_of(u, block);
-            const int token = block * kBlock % p.page_size;
-            const int valid = std::min(kBlock, u.tokens - block * kBlock);
-            Vec s[H];
-            if (p.key.token == 1)
-                scores_by_token<H>(q, key_at<T>(p.key, page, token, u.kv_head), s);
-            else
-                scores_by_channel<H>(q, key_at<T>(p.key, page, token, u.kv_head), valid, s);
-            float weights[H][kBlock], rescale[H];
+        for (int i = 0; i < count; ++i) {
+            if (i + 1 < count) prefetch_values(u, blocks[i + 1]);
+            float weights[H][kBlock];
             for (int h = 0; h < H; ++h) {
-                for (int t = valid; t < kBlock; ++t) s[h][t] = -kInf;
-                const float block_max = max(s[h]), new_max = std::max(running_max[h], block_max);
-                const Vec w = exp2(s[h] - new_max);
-                const float block_sum = sum(w);
-                block_mass[(u.base + i) * group + first + h] = new_max + std::log2(block_sum);
-                rescale[h] = std::exp2(running_max[h] - new_max);
-                running_sum[h] = running_sum[h] * rescale[h] + block_sum;
-                running_max[h] = new_max;
+                const Vec w = exp2(s[i][h] - part_largest[h]);
                 store(weights[h], w);
+                const float of_block = sum(w);
+                block_sum[(u.base + part.begin + i) * group + first + h] = of_block;
+                total[h] += of_block;
             }
-            const T* value = static_cast<const T*>(p.value) + page * p.value_page + token * p.value_token +
-                             u.kv_head * p.value_head;
+            const int valid = std::min(kBlock, u.tokens - blocks[i] * kBlock);
+            const T* value = value_of(u, blocks[i]);
             for (int d = 0; d < D; d += kLanes) {
                 Vec acc[H];
-                for (int h = 0; h < H; ++h) acc[h] = load(out + h * D + d) * rescale[h];
+                for (int h = 0; h < H; ++h) acc[h] = load(out + h * D + d);
                 for (int t = 0; t < valid; ++t) {
                     const Vec v = load(value + t * p.value_token + d);
                     for (int h = 0; h < H; ++h) acc[h] += v * weights[h][t];
@@ -217,17 +244,41 @@ class Decode {
                 for (int h = 0; h < H; ++h) store(out + h * D + d, acc[h]);
             }
         }
-        std::copy(running_max, running_max + H, &part_max[index * group + first]);
-        std::copy(running_sum, running_sum + H, &part_sum[index * group + first]);
+        std::copy(part_largest, part_largest + H, &part_max[index * group + first]);
+        std::copy(total, total + H, &part_sum[index * group + first]);
+    }
+
+    const T* key_of(const Unit& u, int block) const {
+        return key_at<T>(p.key, page_of(u, block), block % blocks_a_page * kBlock, u.kv_head);
+    }
+    const T* value_of(const Unit& u, int block) const {
+        return static_cast<const T*>(p.value) + page_of(u, block) * p.value_page +
+               block % blocks_a_page * kBlock * p.value_token + u.kv_head * p.value_head;
+    }
+
+    // Visited blocks lie anywhere: the next one is asked for while this one is computed.
+    void prefetch_keys(const Unit& u, int block) const {
+        const T* key = key_of(u, block);
+        const int64_t rows = p.key.token == 1 ? p.head_dim : kBlock;
+        const int64_t stride = p.key.token == 1 ? p.key.dim : p.key.token;
+        for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(key + r * stride);
+    }
+    void prefetch_values(const Unit& u, int block) const {
+        const T* value = value_of(u, block);
+        for (int t = 0; t < kBlock; ++t)
+            for (int d = 0; d < p.head_dim; d += int(64 / sizeof(T)))
+                __builtin_prefetch(value + t * p.value_token + d);
     }
 
     // Keys stored channel by channel: 16 neighbouring tokens are one load.
     template <int H>
     void scores_by_token(const float* q, const T* key, Vec* s) const {
         for (int h = 0; h < H; ++h) s[h] = splat(0);
-        for (int d = 0; d < p.head_dim; ++d) {
-            const Vec k = load(key + d * p.key.dim);
-            for (int h = 0; h < H; ++h) s[h] += k * q[h * p.head_dim + d];
+        const int D = p.head_dim;
+        const int64_t stride = p.key.dim;
+        for (int d = 0; d < D; ++d) {
+            const Vec k = load(key + d * stride);
+            for (int h = 0; h < H; ++h) s[h] += k * q[h * D + d];
         }
     }
 
@@ -269,9 +320,13 @@ class Decode {
         std::copy_n(&p.lse[int64_t(u.row) * p.heads + u.kv_head * group], group, lse_of(u));
         uint32_t* mask = mask_of(u);
         for (int i = 0; i < u.visits; ++i) {
+            const int part = u.first_part + i / kPart;
             bool matters = false;
-            for (int g = 0; g < group; ++g)
-                matters |= block_mass[(u.base + i) * group + g] - lse2[g] > p.thresholds[u.row];
+            for (int g = 0; g < group; ++g) {
+                // The block's sum against threshold and LSE, both in units of 2**(maximum of the part).
+                const float least = std::exp2(p.thresholds[u.row] + lse2[g] - part_max[part * group + g]);
+                matters |= block_sum[(u.base + i) * group + g] > least;
+            }
             const int block = visit_list[u.base + i];
             const uint32_t bit = 1u << (block % 32);
             mask[block / 32] = matters ? mask[block / 32] | bit : mask[block / 32] & ~bit;

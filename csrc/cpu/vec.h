@@ -26,6 +26,8 @@ struct float16 {
     uint16_t bits;
 };
 
+constexpr IVec kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 inline Vec splat(float x) { return Vec{} + x; }
 
 template <typename T>
@@ -42,8 +44,13 @@ inline Vec load(const bfloat16* p) {
     return (Vec)wide;
 }
 
-inline Vec load(const int8_t* p) { return __builtin_convertvector(load_as<SignedBytes>(p), Vec); }
-inline Vec load(const uint8_t* p) { return __builtin_convertvector(load_as<Bytes>(p), Vec); }
+// In two steps: GCC converts bytes to floats in one step lane by lane.
+inline Vec load(const int8_t* p) {
+    return __builtin_convertvector(__builtin_convertvector(load_as<SignedBytes>(p), IVec), Vec);
+}
+inline Vec load(const uint8_t* p) {
+    return __builtin_convertvector(__builtin_convertvector(load_as<Bytes>(p), IVec), Vec);
+}
 
 inline float widen(float x) { return x; }
 inline float widen(bfloat16 x) {
@@ -99,11 +106,16 @@ inline void put(float* p, float x) { *p = x; }
 inline void put(bfloat16* p, float x) { *p = narrow_bf16(x); }
 inline void put(float16* p, float x) { *p = narrow_fp16(x); }
 
+typedef float Half __attribute__((vector_size(32)));
+typedef float Quarter __attribute__((vector_size(16)));
+
 inline float sum(Vec v) {
-    float s = 0;
-    for (int i = 0; i < kLanes; ++i) s += v[i];
-    return s;
+    const Half half = load_as<Half>(&v) + load_as<Half>((const char*)&v + 32);
+    const Quarter quarter = load_as<Quarter>(&half) + load_as<Quarter>((const char*)&half + 16);
+    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
+
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 inline float max(Vec v) {
     float m = v[0];
