@@ -67,7 +67,7 @@ class SkippingDecode:
         self.restart(-math.inf)
 
     def restart(self, threshold: float, refresh_interval: int = 0) -> None:
-        self.threshold, self.refresh_interval = threshold, refresh_interval
+        self.threshold, self.refresh_interval = float(threshold), refresh_interval
         self.layers: dict[int, PagedLayer] = {}
         self.steps: dict[int, int] = {}
         self.visited = self.total = 0

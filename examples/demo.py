@@ -23,10 +23,11 @@ from pathlib import Path
 
 import httpx
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 START_TIMEOUT_S = 180
-LONG_TEXT = Path(os.__file__).with_name("argparse.py").read_text()[:24_000]
+LONG_TEXT = Path(os.__file__).with_name("argparse.py").read_text()[:27_000]
 LONG_QUESTION = f"{LONG_TEXT}\n\nIn one sentence: what is this Python module for?"
 
 
@@ -139,18 +140,16 @@ def main() -> None:
             console.print("... and again without skipping.")
             dense = list(pool.map(lambda c: ask(client, c, {"lite_attn_enable": False}), CHATS))
             metrics = client.get("/metrics").text
-        table = Table("chat", "prompt tokens", "threshold", "sparsity", "tokens/s", "answer", "dense answer")
+        table = Table("chat", "prompt tokens", "threshold", "sparsity", "tokens/s", "tokens/s dense")
         for chat, answer, plain in zip(CHATS, skipping, dense, strict=True):
-            table.add_row(
-                chat.title,
-                str(answer.prompt_tokens),
-                str(chat.threshold),
-                f"{sparsity(metrics, chat.threshold):.0%}",
-                f"{answer.tokens_per_s:.1f}",
-                answer.text,
-                "the same" if plain.text == answer.text else plain.text,
-                end_section=True,
-            )
+            speeds = f"{answer.tokens_per_s:.1f}", f"{plain.tokens_per_s:.1f}"
+            share = f"{sparsity(metrics, chat.threshold):.0%}"
+            table.add_row(chat.title, str(answer.prompt_tokens), str(chat.threshold), share, *speeds)
+        for chat, answer, plain in zip(CHATS, skipping, dense, strict=True):
+            console.rule(chat.title, align="left")
+            console.print("[bold]skipping:[/bold]", escape(answer.text))
+            console.print("[bold]dense:[/bold]   ", "the same" if plain.text == answer.text else escape(plain.text))
+        console.rule()
         console.print(table)
         console.print("sparsity: share of (head, block of 16 keys) pairs that decode steps did not read")
     finally:
