@@ -1,6 +1,6 @@
 """Writes the README's tables from the kept results, between their markers.
 
-    python benchmarks/tables.py
+python benchmarks/tables.py
 """
 
 from __future__ import annotations

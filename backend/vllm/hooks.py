@@ -2,11 +2,11 @@
 
 | process | wrapped | what for |
 |---|---|---|
-| all | `CpuPlatform.get_attn_backend_cls` | vLLM's CPU platform knows one backend: lead it to ours |
+| all, on CPUs | `CpuPlatform.get_attn_backend_cls` | vLLM's CPU platform knows one backend: lead it to ours |
 | front end | `InputProcessor.__init__` | read and check the server's options at start-up |
 | front end | `SamplingParams.from_optional`, `.verify` | HTTP 400 for bad request parameters, streaming or not |
 | front end | `LLM._run_engine` | offline outputs say their sparsity |
-| engine core | `Scheduler.__init__` | keys computed under skipping are not shared as prefixes |
+| engine core, on CPUs | `Scheduler.__init__` | keys computed under skipping are not shared as prefixes |
 | worker | `GPUModelRunner.execute_model`, `._dummy_run` | which requests a step serves |
 | worker | `WorkerBase.lite_attn_take_stats` (new) | sparsity of each request, asked for by the front end |
 
@@ -60,10 +60,10 @@ def install_process_hooks(member: Enum) -> None:
 
     if current_platform.is_cpu():
         _route_cpu_platform(type(current_platform), member)
+        _wrap(Scheduler, "__init__", _keep_skipping_out_of_the_prefix_cache)
     _wrap(InputProcessor, "__init__", _read_server_options)
     _wrap(SamplingParams, "from_optional", _check_built_parameters)
     _wrap(SamplingParams, "verify", _verify_parameters)
-    _wrap(Scheduler, "__init__", _keep_skipping_out_of_the_prefix_cache)
     offline = sys.modules.get("vllm.entrypoints.llm")
     if offline is not None:
         _wrap(offline.LLM, "_run_engine", _attach_sparsity)
