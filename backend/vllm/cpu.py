@@ -23,7 +23,7 @@ from lite_attention.backend.vllm.state import LayerState
 from lite_attention.tiles import DECODE_BLOCK, ceil_div
 
 support.warn_of_untested_version("cpu")
-hooks.install_worker_hooks()
+hooks.install_worker_hooks(follow_steps=True)
 
 READABLE_LAYOUTS = ("vec", "vec16")
 """Cache layouts of vLLM's CPU kernels that the decode operator reads: keys channel by channel within a page."""

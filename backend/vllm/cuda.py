@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionMetadataBuilder
 
-from lite_attention.backend.vllm import support
+from lite_attention.backend.vllm import hooks, support
 
 support.warn_of_untested_version("cuda")
+hooks.install_worker_hooks(follow_steps=False)
 
 
 class LiteAttentionBackend(FlashAttentionBackend):

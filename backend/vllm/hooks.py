@@ -7,7 +7,7 @@
 | front end | `SamplingParams.from_optional`, `.verify` | HTTP 400 for bad request parameters, streaming or not |
 | front end | `LLM._run_engine` | offline outputs say their sparsity |
 | engine core, on CPUs | `Scheduler.__init__` | keys computed under skipping are not shared as prefixes |
-| worker | `GPUModelRunner.execute_model`, `._dummy_run` | which requests a step serves |
+| worker, on CPUs | `GPUModelRunner.execute_model`, `._dummy_run` | which requests a step serves |
 | worker | `WorkerBase.lite_attn_take_stats` (new) | sparsity of each request, asked for by the front end |
 
 A wrapped attribute that is missing fails at start-up.
@@ -69,13 +69,14 @@ def install_process_hooks(member: Enum) -> None:
         _wrap(offline.LLM, "_run_engine", _attach_sparsity)
 
 
-def install_worker_hooks() -> None:
-    """Hooks of a process that runs the model."""
+def install_worker_hooks(follow_steps: bool) -> None:
+    """Hooks of a process that runs the model; steps are followed where something can skip."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.worker_base import WorkerBase
 
-    _wrap(GPUModelRunner, "execute_model", _execute_model)
-    _wrap(GPUModelRunner, "_dummy_run", _dummy_run)
+    if follow_steps:
+        _wrap(GPUModelRunner, "execute_model", _execute_model)
+        _wrap(GPUModelRunner, "_dummy_run", _dummy_run)
     WorkerBase.lite_attn_take_stats = _take_stats
 
 

@@ -87,13 +87,13 @@ def report(
     """Say at start-up what LITE_ATTN does with a group of layers."""
     layers = f"{len(layer_names)} layers, {layer_names[0]} to {layer_names[-1]}"
     if reason is not None:
-        logger.warning("LITE_ATTN cannot act on %s: %s. They run stock attention.", layers, REASONS[reason])
+        logger.warning_once("LITE_ATTN cannot act on %s: %s. They run stock attention.", layers, REASONS[reason])
         return
     available, detail = kernels
     implementation = f"compiled kernels ({detail})" if available else f"the slow reference: kernels {detail}"
     head_bytes = 2 * vllm_config.model_config.get_head_size()
     block_bytes = head_bytes * DECODE_BLOCK * vllm_config.model_config.dtype.itemsize
-    logger.info(
+    logger.info_once(
         "LITE_ATTN acts on %s with %s. State: %.1f MiB for %d sequences; summaries add %.1f %% to the KV cache.",
         layers,
         implementation,

@@ -61,6 +61,15 @@ assert SamplingParams.verify is first
 """)
 
 
+def test_wherever_outputs_are_asked_for_sparsity_workers_answer() -> None:
+    run("""
+from vllm.v1.worker.worker_base import WorkerBase
+from lite_attention.backend.vllm import hooks
+hooks.install_worker_hooks(follow_steps=False)
+assert WorkerBase.lite_attn_take_stats(None) == {}
+""")
+
+
 def test_a_process_that_has_not_loaded_its_plugins_unpickles_the_member() -> None:
     run("""
 pickled = pickle.dumps(AttentionBackendEnum["LITE_ATTN"])
