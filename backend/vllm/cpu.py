@@ -56,16 +56,18 @@ class LiteMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def _impls(self, layer_names: list[str]) -> list[LiteAttentionImpl]:
         context = self.vllm_config.compilation_config.static_forward_context
-        return [context[name].impl for name in layer_names]
+        impls = (context[name].impl for name in layer_names if name in context)
+        return [impl for impl in impls if isinstance(impl, LiteAttentionImpl)]
 
     def _reason(self, layer_names: list[str]) -> str | None:
-        if type(self) is not LiteMetadataBuilder:
+        impls = self._impls(layer_names)
+        if type(self) is not LiteMetadataBuilder or len(impls) < len(layer_names):
             return "attn_type"
         if self.isa not in READABLE_LAYOUTS:
             return "platform"
         if self.block_size % DECODE_BLOCK:
             return "block_size"
-        return next((impl.reason for impl in self._impls(layer_names) if impl.reason), None)
+        return next((impl.reason for impl in impls if impl.reason), None)
 
     def _state_bytes(self, layer_names: list[str]) -> int:
         return sum(impl.state.memory_bytes() for impl in self._impls(layer_names) if impl.state)
