@@ -17,7 +17,6 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from lite_attention import native
-from lite_attention.backend.requests import SCRATCH_SLOT
 from lite_attention.backend.vllm import hooks, steps, support
 from lite_attention.backend.vllm.state import LayerState
 from lite_attention.tiles import DECODE_BLOCK, ceil_div
@@ -141,9 +140,8 @@ class LiteAttentionImpl(CPUAttentionBackendImpl):
         self.state: LayerState | None = None
         self._cache: tuple[Any, Tensor, Tensor] | None = None
         if self.reason is None:
-            slots = config.scheduler_config.max_num_seqs + 1 + SCRATCH_SLOT
             max_tokens = config.model_config.max_model_len
-            self.state = LayerState(slots, self.num_heads, self.num_kv_heads, max_tokens)
+            self.state = LayerState(support.pool_slots(config), self.num_heads, self.num_kv_heads, max_tokens)
 
     def _split(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (pages, page_size, kv_heads, head_dim) as views of the cache."""

@@ -22,7 +22,6 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
-from lite_attention.backend.requests import SCRATCH_SLOT
 from lite_attention.backend.vllm import state, steps, support
 from lite_attention.serving.params import LiteParamError, ServerOptions, parse_request, parse_request_lenient
 
@@ -177,10 +176,9 @@ def _tracker_of(runner: Any) -> steps.StepTracker:
     if tracker is None:
         config = runner.vllm_config
         server = ServerOptions.from_additional_config(config.additional_config)
-        slots = config.scheduler_config.max_num_seqs + 1 + SCRATCH_SLOT
         rank = config.parallel_config.rank
         counts_rows = rank % config.parallel_config.tensor_parallel_size == 0
-        tracker = runner.lite_attn_tracker = steps.create_tracker(server, slots, rank, counts_rows)
+        tracker = runner.lite_attn_tracker = steps.create_tracker(server, support.pool_slots(config), rank, counts_rows)
     return tracker
 
 

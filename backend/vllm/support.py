@@ -52,6 +52,11 @@ def warn_of_compiled_model(vllm_config: Any) -> None:
         )
 
 
+def pool_slots(vllm_config: Any) -> int:
+    """Rows of the pooled skip state: one for each sequence of a step, and the scratch slot."""
+    return int(vllm_config.scheduler_config.max_num_seqs) + 1
+
+
 def config_reason(vllm_config: Any) -> str | None:
     """Why no layer of an engine with this configuration can skip; None if layers can."""
     parallel = vllm_config.parallel_config
