@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: MIT
+// Compiled once for each head size (LITE_HEAD_DIM) and type (LITE_BFLOAT16).
+#include <cudaTypedefs.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernel.h"
+#include "launch.h"
+
+namespace lite_attention::sm90 {
+namespace {
+
+// Keys and values of the heads that are worked on at a time are to take about half of the L2 cache.
+constexpr int64_t kGroupBytes = 24 << 20;
+
+PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+    static PFN_cuTensorMapEncodeTiled_v12000 const encode = [] {
+        void* function = nullptr;
+        cudaDriverEntryPointQueryResult found;
+        cudaError_t const error =
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+        bool const usable = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
+        return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(usable ? function : nullptr);
+    }();
+    return encode;
+}
+
+// Describes a tensor to the copy engine, in boxes of one plane of channels and `box_tokens` tokens.
+template <class Config>
+bool encode(
+    CUtensorMap& map, TensorView const& view, int64_t tokens, int heads, int batch, int head_dim, int box_tokens) {
+    constexpr auto kType = cute::is_same_v<typename Config::Element, cutlass::bfloat16_t>
+                               ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                               : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    constexpr auto kSwizzle = Config::kPlane == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+    // A dimension of one element may come with any stride, also with one that the copy engine refuses.
+    auto stride = [&](int64_t elements, int64_t size) -> cuuint64_t {
+        return size > 1 ? elements * sizeof(typename Config::Element) : 16;
+    };
+    cuuint64_t const sizes[4] = {
+        static_cast<cuuint64_t>(head_dim), static_cast<cuuint64_t>(std::max<int64_t>(tokens, 1)),
+        static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
+    cuuint64_t const strides[3] = {
+        stride(view.token_stride, tokens), stride(view.head_stride, heads), stride(view.batch_stride, batch)};
+    cuuint32_t const box[4] = {Config::kPlane, static_cast<cuuint32_t>(box_tokens), 1, 1};
+    cuuint32_t const steps[4] = {1, 1, 1, 1};
+    return tensor_map_encoder()(
+               &map, kType, 4, view.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, kSwizzle,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// Streaming multiprocessors of the current device.
+int processors() {
+    int device = 0;
+    int count = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+}
+
+}  // namespace
+
+template <int kHeadDim, bool kBFloat16, int kTracking>
+char const* launch(ForwardParams const& params, cudaStream_t stream) {
+    using Element = cute::conditional_t<kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
+    using Config = Config<kHeadDim, Element>;
+    if (tensor_map_encoder() == nullptr) { return "the CUDA driver is too old: it has no tensor maps"; }
+
+    // No key: the maps of keys and values are never used, but must be there.
+    TensorView const& key = params.tokens_k > 0 ? params.key : params.query;
+    TensorView const& value = params.tokens_k > 0 ? params.value : params.query;
+    KernelParams kernel_params;
+    bool const encoded =
+        encode<Config>(
+            kernel_params.query, params.query, params.tokens_q, params.heads, params.batch, params.head_dim, kTileQ) &&
+        encode<Config>(
+            kernel_params.key, key, params.tokens_k, params.kv_heads, params.batch, params.head_dim, kBlockK) &&
+        encode<Config>(
+            kernel_params.value, value, params.tokens_k, params.kv_heads, params.batch, params.head_dim, kBlockK);
+    if (!encoded) { return "the copy engine refuses a tensor: expected 16-byte aligned data and strides"; }
+
+    int const tiles = (params.tokens_q + kTileQ - 1) / kTileQ;
+    int const kv_group = params.heads / params.kv_heads;
+    int64_t const head_bytes = 2 * sizeof(Element) * static_cast<int64_t>(params.tokens_k) * params.head_dim;
+    int64_t const kv_heads = std::clamp<int64_t>(kGroupBytes / std::max<int64_t>(head_bytes, 1), 1, params.kv_heads);
+    kernel_params.rows = {
+        params.mask,
+        params.mask_batch_stride,
+        params.mask_head_stride,
+        params.mask_tile_stride,
+        params.thresholds,
+        params.must_visit,
+        params.must_skip,
+        params.counter,
+        params.tokens_q,
+        params.tokens_k,
+        tiles,
+        params.heads,
+        params.batch,
+        static_cast<int>(kv_heads) * kv_group,
+        params.causal};
+    kernel_params.out = params.out;
+    kernel_params.lse = params.lse;
+    kernel_params.lse_state = params.lse_state;
+    kernel_params.lse_state_batch_stride = params.lse_state_batch_stride;
+    kernel_params.lse_state_head_stride = params.lse_state_head_stride;
+    kernel_params.kv_group = kv_group;
+    kernel_params.head_dim = params.head_dim;
+    kernel_params.scale_log2 = params.scale * kLog2E;
+
+    auto const kernel = forward_kernel<Config, static_cast<Tracking>(kTracking)>;
+    constexpr int kSharedBytes = sizeof(SharedStorage<Config>) + 1024;
+    static_assert(kSharedBytes <= 227 * 1024);
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    if (error == cudaSuccess) { error = cudaMemsetAsync(params.counter, 0, sizeof(int), stream); }
+    if (error == cudaSuccess) {
+        int64_t const rows = static_cast<int64_t>(tiles) * params.heads * params.batch;
+        int const blocks = static_cast<int>(std::min<int64_t>(rows, processors()));
+        kernel<<<blocks, kThreads, kSharedBytes, stream>>>(kernel_params);
+        error = cudaGetLastError();
+    }
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template char const* launch<LITE_HEAD_DIM, LITE_BFLOAT16, 0>(ForwardParams const&, cudaStream_t);
+template char const* launch<LITE_HEAD_DIM, LITE_BFLOAT16, 1>(ForwardParams const&, cudaStream_t);
+template char const* launch<LITE_HEAD_DIM, LITE_BFLOAT16, 2>(ForwardParams const&, cudaStream_t);
+
+}  // namespace lite_attention::sm90

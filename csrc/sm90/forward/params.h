@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: MIT
+// What stands between the host and the Hopper kernels of `lite_attention::forward`: plain structs, no PyTorch.
+// The meaning of every argument is that of `lite_attention/reference.py`, `forward`.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace lite_attention::sm90 {
+
+// A tensor (batch, tokens, heads, head_dim) with a contiguous last dimension; strides in elements.
+struct TensorView {
+    void* data;
+    int64_t batch_stride;
+    int64_t token_stride;
+    int64_t head_stride;
+};
+
+enum class DType : int { kFloat16 = 0, kBFloat16 = 1 };
+enum class Rule : int { kRunningMax = 0, kMass = 1 };
+
+struct ForwardParams {
+    TensorView query;  // 16-byte aligned, strides multiples of 8 elements (the copy engine's rule)
+    TensorView key;
+    TensorView value;
+    TensorView out;  // 4-byte aligned
+
+    float* lse;        // (batch, heads, tokens_q) contiguous, natural log
+    int32_t* counter;  // one word, zeroed by the launch: the next tile of work
+
+    // The skip state; `mask` null: dense, and the others are not read.
+    int32_t* mask;  // (batch, heads, tiles, words), words contiguous
+    int64_t mask_batch_stride;
+    int64_t mask_head_stride;
+    int64_t mask_tile_stride;
+    float* lse_state;  // (batch, heads, tokens_q), tokens contiguous; read by the rule `mass` only
+    int64_t lse_state_batch_stride;
+    int64_t lse_state_head_stride;
+    float const* thresholds;    // (batch,)
+    int32_t const* must_visit;  // (words,) or null
+    int32_t const* must_skip;   // (words,) or null
+
+    int batch;
+    int tokens_q;
+    int tokens_k;
+    int heads;
+    int kv_heads;
+    int head_dim;
+
+    float scale;
+    bool causal;
+    Rule rule;
+    DType dtype;
+};
+
+// Largest head_dim of the kernels, and the alignment that they ask of head_dim.
+constexpr int kMaxHeadDim = 256;
+constexpr int kHeadDimMultiple = 8;
+
+// Launches on `stream`, without allocation or synchronisation. Null on success, else what went wrong (static text).
+// Expects checked arguments: shapes that fit, at least one batch row, query and head; tokens_k may be 0.
+char const* forward(ForwardParams const& params, cudaStream_t stream);
+
+}  // namespace lite_attention::sm90

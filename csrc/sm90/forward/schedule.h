@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: MIT
+// Which rows of the mask a thread block works on, and which blocks of keys a row visits. The producer warp asks;
+// every function here is called by its 32 lanes together.
+#pragma once
+
+#include "config.h"
+#include "params.h"
+
+namespace lite_attention::sm90 {
+
+// What the kernel needs of ForwardParams beside the tensor maps.
+struct RowParams {
+    int32_t* mask;
+    int64_t mask_batch_stride;
+    int64_t mask_head_stride;
+    int64_t mask_tile_stride;
+    float const* thresholds;
+    int32_t const* must_visit;
+    int32_t const* must_skip;
+    int* counter;
+    int tokens_q;
+    int tokens_k;
+    int tiles;
+    int heads;
+    int batch;
+    int head_group;  // heads of a batch row that are worked on at a time: their keys and values share the L2 cache
+    bool causal;
+};
+
+// The row of the mask numbered `index`: tiles of the same heads are near each other, so that the heads' keys and values
+// stay in the L2 cache; causal rows go from the longest to the shortest, which fills the gaps at the end.
+CUTLASS_DEVICE void locate(RowParams const& params, int index, Work& work) {
+    int const rows = params.tiles * params.heads;
+    work.batch = index / rows;
+    int rest = index - work.batch * rows;
+    int const group_rows = params.tiles * params.head_group;
+    int const group = rest / group_rows;
+    rest -= group * group_rows;
+    int const first_head = group * params.head_group;
+    int const heads = min(params.head_group, params.heads - first_head);
+    int const tile = rest / heads;
+    work.head = first_head + rest - tile * heads;
+    work.tile = params.causal ? params.tiles - 1 - tile : tile;
+}
+
+// Blocks that some query of the tile attends: those before this number.
+CUTLASS_DEVICE int reach(RowParams const& params, int tile) {
+    int tokens = params.tokens_k;
+    if (params.causal) {
+        int const last_query = min((tile + 1) * kTileQ, params.tokens_q) - 1;
+        tokens = max(0, min(tokens, last_query + 1 + params.tokens_k - params.tokens_q));
+    }
+    return (tokens + kBlockK - 1) / kBlockK;
+}
+
+// Walks all blocks below `blocks`, from the last to the first.
+class DenseWalk {
+  public:
+    CUTLASS_DEVICE DenseWalk(RowParams const& params, Work const& work) : next_(reach(params, work.tile)) {}
+    CUTLASS_DEVICE int visits() const { return next_; }
+    CUTLASS_DEVICE float threshold() const { return -INFINITY; }
+    CUTLASS_DEVICE bool may_lose_all() const { return false; }
+    CUTLASS_DEVICE int next() { return --next_; }
+    CUTLASS_DEVICE void finish() {}
+
+  private:
+    int next_;
+};
+
+// Walks the blocks that a row of the mask visits, from the last to the first. On the way it rewrites the mask: what
+// is visited becomes 0 until a consumer says that it stays, but for what stays in any case.
+template <Tracking kTracking>
+class MaskWalk {
+  public:
+    CUTLASS_DEVICE MaskWalk(RowParams const& params, Work const& work) : blocks_(reach(params, work.tile)) {
+        all_blocks_ = (params.tokens_k + kBlockK - 1) / kBlockK;
+        lane_ = threadIdx.x % 32;
+        threshold_ = params.thresholds[work.batch];
+        dense_ = threshold_ == -INFINITY;
+        must_visit_ = params.must_visit;
+        must_skip_ = params.must_skip;
+        words_ = params.mask + work.batch * params.mask_batch_stride + work.head * params.mask_head_stride +
+                 work.tile * params.mask_tile_stride;
+        chunk_ = (all_blocks_ + 1023) / 1024;
+        if (dense_) {
+            visits_ = blocks_;
+            return;
+        }
+        int allowed = 0;
+        int forced = 0;
+        for (int chunk = chunk_ - 1; chunk >= 0; --chunk) {
+            int const word = chunk * 32 + lane_;
+            uint32_t const may = allowed_word(word);
+            uint32_t const visited = (mask_word(word) | must_visit_word(word)) & may;
+            allowed += __popc(may);
+            visits_ += __popc(visited);
+            forced |= visited & must_visit_word(word);
+        }
+        allowed = __reduce_add_sync(~0u, allowed);
+        visits_ = __reduce_add_sync(~0u, visits_);
+        if (visits_ == 0) {
+            all_allowed_ = true;
+            visits_ = allowed;
+        }
+        forced_ = __any_sync(~0u, forced != 0);
+    }
+
+    CUTLASS_DEVICE int visits() const { return visits_; }
+
+    // -inf: ordinary attention, which leaves the state as it is.
+    CUTLASS_DEVICE float threshold() const { return threshold_; }
+
+    // With the rule `mass` nothing visited may stay; then the block visited first does.
+    CUTLASS_DEVICE bool may_lose_all() const { return kTracking == Tracking::kMass && !dense_ && !forced_; }
+
+    CUTLASS_DEVICE int next() {
+        while (word_ == 0) {
+            if (pending_ == 0) {
+                load_chunk();
+                continue;
+            }
+            place_ = 31 - __clz(pending_);
+            pending_ ^= 1u << place_;
+            word_ = __shfl_sync(~0u, chunk_words_, place_);
+        }
+        int const bit = 31 - __clz(word_);
+        word_ ^= 1u << bit;
+        return (chunk_ * 32 + place_) * 32 + bit;
+    }
+
+    // Rewrites the words that `next` has not come to.
+    CUTLASS_DEVICE void finish() {
+        while (chunk_ > 0) { load_chunk(); }
+    }
+
+  private:
+    // Bits of the blocks below `blocks` in a word.
+    CUTLASS_DEVICE static uint32_t below(int blocks, int word) {
+        int const bits = blocks - word * 32;
+        return bits >= 32 ? ~0u : bits <= 0 ? 0u : (1u << bits) - 1;
+    }
+    CUTLASS_DEVICE uint32_t mask_word(int word) const {
+        return word * 32 < all_blocks_ ? static_cast<uint32_t>(__ldcg(words_ + word)) : 0u;
+    }
+    CUTLASS_DEVICE uint32_t must_visit_word(int word) const {
+        return must_visit_ != nullptr && word * 32 < blocks_ ? static_cast<uint32_t>(must_visit_[word]) : 0u;
+    }
+    CUTLASS_DEVICE uint32_t allowed_word(int word) const {
+        uint32_t const reach = below(blocks_, word);
+        return must_skip_ != nullptr && reach != 0 ? reach & ~static_cast<uint32_t>(must_skip_[word]) : reach;
+    }
+
+    CUTLASS_DEVICE void load_chunk() {
+        --chunk_;
+        int const word = chunk_ * 32 + lane_;
+        uint32_t const in_reach = below(blocks_, word);
+        if (dense_) {
+            chunk_words_ = in_reach;
+        } else {
+            uint32_t const before = mask_word(word);
+            uint32_t const forced = must_visit_word(word);
+            uint32_t const may = allowed_word(word);
+            chunk_words_ = all_allowed_ ? may : (before | forced) & may;
+            uint32_t stays = chunk_words_ & forced;
+            uint32_t const busy = __ballot_sync(~0u, chunk_words_ != 0);
+            if (kTracking == Tracking::kRunningMax && first_ && busy != 0) {
+                if (lane_ == 31 - __clz(busy)) { stays |= 1u << (31 - __clz(chunk_words_)); }
+                first_ = false;
+            }
+            // Blocks past a causal row's reach keep their bits.
+            uint32_t const exist = below(all_blocks_, word);
+            if (exist != 0) { words_[word] = static_cast<int32_t>(stays | (before & exist & ~in_reach)); }
+        }
+        pending_ = __ballot_sync(~0u, chunk_words_ != 0);
+    }
+
+    int32_t* words_;
+    int32_t const* must_visit_;
+    int32_t const* must_skip_;
+    int blocks_;
+    int all_blocks_;
+    int lane_;
+    int visits_ = 0;
+    float threshold_;
+    int chunk_;
+    int place_ = 0;
+    uint32_t chunk_words_ = 0;
+    uint32_t pending_ = 0;
+    uint32_t word_ = 0;
+    bool dense_;
+    bool forced_ = false;
+    bool all_allowed_ = false;
+    bool first_ = true;
+};
+
+}  // namespace lite_attention::sm90
