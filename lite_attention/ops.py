@@ -1,14 +1,12 @@
-"""The operators as PyTorch sees them: schemas, argument checks, CPU and fake implementations.
-
-A compiled library may register implementations for other devices under the same schemas.
-"""
+"""The operators as PyTorch sees them: schemas, argument checks, CPU, CUDA and fake implementations."""
 
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from lite_attention import forward_cpu, native, reference
+from lite_attention import forward_cpu, forward_cuda, reference
+from lite_attention.native import cpu as kernels
 from lite_attention.options import check_rule
 from lite_attention.tiles import BLOCK_K, DECODE_BLOCK, TILE_Q, ceil_div, mask_words
 
@@ -33,10 +31,27 @@ for schema in (FORWARD_SCHEMA, SUMMARIZE_SCHEMA, DECODE_SCHEMA):
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def implemented(operator: str, device: torch.device) -> bool:
-    """Whether ``lite_attention::operator`` has an implementation for tensors on ``device``."""
-    dispatch_key = torch._C._dispatch_key_for_device(device.type)
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"lite_attention::{operator}", dispatch_key)
+def unimplemented(operator: str, device_type: str) -> str | None:
+    """None, or that ``lite_attention::operator`` has no implementation for any tensor on such devices."""
+    dispatch_key = torch._C._dispatch_key_for_device(device_type)
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"lite_attention::{operator}", dispatch_key):
+        return None
+    return f"lite_attention::{operator} has no implementation for {device_type}"
+
+
+def unsupported(operator: str, query: Tensor) -> str | None:
+    """None, or why ``lite_attention::operator`` cannot run for a query of this device, type and shape.
+
+    Of the query's shape only the last dimension, head_dim, counts. Kernels that are not loaded yet are loaded.
+    """
+    if reason := unimplemented(operator, query.device.type):
+        return reason
+    if query.is_cuda:
+        try:
+            forward_cuda.check_supported(query)
+        except (TypeError, ValueError, RuntimeError) as error:
+            return str(error)
+    return None
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -122,6 +137,7 @@ def forward(
 
     Raises:
         TypeError, ValueError: as `check_forward` says.
+        TypeError, ValueError, RuntimeError: on CUDA, as `lite_attention.forward_cuda.forward` says.
     """
     return cast(
         tuple[Tensor, Tensor],
@@ -169,6 +185,35 @@ def _forward_cpu(
     )
 
 
+def _forward_cuda(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    lse_state: Tensor | None,
+    thresholds: Tensor | None,
+    must_visit: Tensor | None,
+    must_skip: Tensor | None,
+    scale: float,
+    causal: bool,
+    rule: str,
+) -> tuple[Tensor, Tensor]:
+    check_forward(query, key, value, mask, lse_state, thresholds, must_visit, must_skip, rule)
+    return forward_cuda.forward(
+        query,
+        key,
+        value,
+        mask,
+        lse_state,
+        thresholds,
+        must_visit,
+        must_skip,
+        scale,
+        causal,
+        check_rule(rule),
+    )
+
+
 def _forward_fake(
     query: Tensor,
     key: Tensor,
@@ -189,6 +234,7 @@ def _forward_fake(
 
 
 library.impl("forward", _forward_cpu, "CPU")
+library.impl("forward", _forward_cuda, "CUDA")
 torch.library.register_fake("lite_attention::forward", _forward_fake, lib=library)
 
 
@@ -266,7 +312,7 @@ def check_decode(
 def _summarize_cpu(key_cache: Tensor, slot_mapping: Tensor, summaries: Tensor) -> None:
     check_cache(key_cache, summaries)
     _check("slot_mapping", slot_mapping, (slot_mapping.numel(),), torch.int64, key_cache.device)
-    implementation = native if native.supports_keys(key_cache) else reference
+    implementation = kernels if kernels.supports_keys(key_cache) else reference
     implementation.summarize(key_cache, slot_mapping, summaries)
 
 
@@ -297,8 +343,8 @@ def _decode_cpu(
         mask,
         lse_state,
     )
-    compiled = native.supports_keys(key_cache) and native.supports_values(value_cache)
-    implementation = native if compiled else reference
+    compiled = kernels.supports_keys(key_cache) and kernels.supports_values(value_cache)
+    implementation = kernels if compiled else reference
     return implementation.decode(
         query,
         key_cache,

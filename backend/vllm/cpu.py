@@ -16,9 +16,9 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from lite_attention import native
 from lite_attention.backend.vllm import hooks, steps, support
 from lite_attention.backend.vllm.state import LayerState
+from lite_attention.native import cpu as kernels
 from lite_attention.tiles import DECODE_BLOCK, ceil_div
 
 support.warn_of_untested_version("cpu")
@@ -52,7 +52,7 @@ class LiteMetadataBuilder(CPUAttentionMetadataBuilder):
             self._set_isa_to_layers(layer_names)
         support.warn_of_compiled_model(vllm_config)
         self.reason = self._reason(layer_names)
-        support.report(vllm_config, layer_names, self.reason, self._state_bytes(layer_names), native.status())
+        support.report(vllm_config, layer_names, self.reason, self._state_bytes(layer_names), kernels.status())
 
     def _impls(self, layer_names: list[str]) -> list[LiteAttentionImpl]:
         context = self.vllm_config.compilation_config.static_forward_context

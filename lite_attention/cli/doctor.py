@@ -29,6 +29,8 @@ class Machine:
     """Name, and compute capability."""
     cpu_kernels: tuple[bool, str]
     cuda_kernels: tuple[bool, str]
+    """Those of the forward operator."""
+    cuda_decode_problem: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ def inspect() -> Machine:
         gpu=_gpu() if torch else None,
         cpu_kernels=_cpu_kernels(),
         cuda_kernels=_cuda_kernels(),
+        cuda_decode_problem=_cuda_decode_problem() if torch else None,
     )
 
 
@@ -93,22 +96,24 @@ def _gpu() -> tuple[str, tuple[int, int]] | None:
 
 def _cpu_kernels() -> tuple[bool, str]:
     try:
-        from lite_attention import native
+        from lite_attention.native import cpu
     except ImportError as error:
         return False, str(error)
-    return native.status()
+    return cpu.status()
 
 
 def _cuda_kernels() -> tuple[bool, str]:
     try:
-        import torch
-
-        from lite_attention import ops
+        from lite_attention.native import cuda
     except ImportError as error:
         return False, str(error)
-    if ops.implemented("decode", torch.device("cuda")):
-        return True, "loaded"
-    return False, "this version has none"
+    return cuda.status()
+
+
+def _cuda_decode_problem() -> str | None:
+    from lite_attention import ops
+
+    return ops.unimplemented("decode", "cuda")
 
 
 def implementations(machine: Machine) -> list[Implementation]:
@@ -122,6 +127,7 @@ def implementations(machine: Machine) -> list[Implementation]:
     engine = "vLLM here is built for CPUs" if on_cpu else "vLLM here is built for GPUs"
 
     cuda = blocked or (engine if on_cpu else None) or (None if machine.gpu else "no CUDA device")
+    cuda = cuda or machine.cuda_decode_problem
     cuda = cuda or (None if machine.cuda_kernels[0] else f"CUDA kernels: {machine.cuda_kernels[1]}")
     cpu = blocked or (None if on_cpu else engine)
     compiled = cpu or (None if machine.cpu_kernels[0] else f"CPU kernels: {machine.cpu_kernels[1]}")

@@ -233,9 +233,10 @@ CPU_MACHINE = Machine(
     engine_problem=None,
     gpu=None,
     cpu_kernels=(True, "x86-64-v4"),
-    cuda_kernels=(False, "this version has none"),
+    cuda_kernels=(False, "built; PyTorch sees no CUDA device"),
+    cuda_decode_problem=None,
 )
-GPU_MACHINE = replace(CPU_MACHINE, vllm=("vllm", "0.26.0"), gpu=("H100", (9, 0)), cuda_kernels=(True, "loaded"))
+GPU_MACHINE = replace(CPU_MACHINE, vllm=("vllm", "0.26.0"), gpu=("H100", (9, 0)), cuda_kernels=(True, "built"))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +245,8 @@ GPU_MACHINE = replace(CPU_MACHINE, vllm=("vllm", "0.26.0"), gpu=("H100", (9, 0))
         (CPU_MACHINE, "compiled CPU kernels"),
         (replace(CPU_MACHINE, cpu_kernels=(False, "not built")), "PyTorch reference (slow)"),
         (GPU_MACHINE, "CUDA kernels"),
-        (replace(GPU_MACHINE, cuda_kernels=(False, "this version has none")), None),
+        (replace(GPU_MACHINE, cuda_kernels=(False, "not built")), None),
+        (replace(GPU_MACHINE, cuda_decode_problem="decode has no implementation for cuda"), None),
         (replace(GPU_MACHINE, gpu=None), None),
         (replace(GPU_MACHINE, vllm=("vllm", "0.32.0+cpu")), "compiled CPU kernels"),
         (replace(CPU_MACHINE, vllm=None), None),

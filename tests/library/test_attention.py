@@ -430,10 +430,10 @@ def test_operator_compiles_without_graph_breaks() -> None:
 
 def test_device_without_implementation_is_dense_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(heads=4)
-    monkeypatch.setattr(ops, "implemented", lambda operator, device: False)
+    monkeypatch.setattr(ops, "unsupported", lambda operator, query: f"{operator} cannot run: it is Monday")
     attention._warn_dense.cache_clear()
     attn = LiteAttention(-2.0)
-    with pytest.warns(UserWarning, match="lite_attention::forward has no implementation for cpu here"):
+    with pytest.warns(UserWarning, match="forward cannot run: it is Monday; attention is dense"):
         out, lse = attn(*inputs, return_softmax_lse=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -446,9 +446,16 @@ def test_device_without_implementation_is_dense_and_said_once(monkeypatch: pytes
     torch.testing.assert_close(lse, lse_expected)
 
 
-def test_implemented_names_devices() -> None:
-    assert ops.implemented("forward", torch.device("cpu"))
-    assert not ops.implemented("forward", torch.device("xpu"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [20, 320])
+def test_cpu_supports_every_query(head_dim: int, dtype: torch.dtype) -> None:
+    assert ops.unsupported("forward", torch.empty(1, 1, 1, head_dim, dtype=dtype)) is None
+
+
+def test_unimplemented_names_devices() -> None:
+    assert ops.unimplemented("forward", "cuda") is None
+    assert ops.unimplemented("forward", "xpu") == "lite_attention::forward has no implementation for xpu"
+    assert ops.unimplemented("decode", "xpu") == "lite_attention::decode has no implementation for xpu"
 
 
 def test_sequence_parallel_splits_merge_to_the_whole() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lite_attention import native, ops, reference
+from lite_attention import ops, reference
+from lite_attention.native import cpu as kernels
 from lite_attention.ranges import unpack_bits
 from lite_attention.tiles import DECODE_BLOCK, mask_words
 
@@ -302,5 +303,5 @@ def test_errors_name_the_argument(name: str, replacement: Tensor, message: str) 
 
 
 def test_the_compiled_kernels_are_there() -> None:
-    available, detail = native.status()
+    available, detail = kernels.status()
     assert available, detail

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,17 +12,25 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lite_attention import ops, reference
 from lite_attention.options import Rule
-from lite_attention.ranges import all_blocks, pack_bits, unpack_bits
-from lite_attention.tiles import BLOCK_K, TILE_Q, ceil_div
+from lite_attention.ranges import all_blocks, unpack_bits
+from lite_attention.tiles import BLOCK_K
+from tests.library.forward_cases import (
+    CPU_TOLERANCE,
+    RULES,
+    SHAPES,
+    Shape,
+    assert_step_agrees,
+    block_bits,
+    fresh_state,
+    level_inputs,
+    make_inputs,
+    sparsity_of,
+)
 
-RULES: tuple[Rule, ...] = ("running_max", "mass")
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "reference": reference.forward,
     "cpu": ops.forward,
 }
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-MARGIN = 1e-3
-"""log2 units by which float32 rounding may move a decision."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -35,65 +42,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-class Shape(NamedTuple):
-    batch: int = 1
-    tokens_q: int = 200
-    tokens_k: int = 330
-    heads: int = 2
-    kv_heads: int = 2
-    head_dim: int = 16
-
-
-SHAPES = {
-    "one tile and block": Shape(tokens_q=128, tokens_k=64),
-    "one off a tile and a block": Shape(tokens_q=129, tokens_k=257),
-    "one short of a tile and a block": Shape(tokens_q=127, tokens_k=191),
-    "grouped heads": Shape(heads=6, kv_heads=2),
-    "one kv head": Shape(heads=3, kv_heads=1, tokens_q=40),
-    "batch": Shape(batch=3, tokens_q=150, tokens_k=150),
-    "one query": Shape(tokens_q=1),
-    "one key": Shape(tokens_k=1),
-    "one token": Shape(tokens_q=1, tokens_k=1),
-    "more queries than keys": Shape(tokens_q=300, tokens_k=100),
-    "odd head size": Shape(head_dim=7),
-    "more blocks than a word": Shape(tokens_q=20, tokens_k=33 * BLOCK_K - 5, heads=1, kv_heads=1),
-}
-
-
-class State(NamedTuple):
-    mask: Tensor
-    lse: Tensor
-
-    def copy(self) -> "State":
-        return State(self.mask.clone(), self.lse.clone())
-
-
-def make_inputs(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs whose key blocks differ much in weight, so that thresholds of -2 to -10 clear some of them."""
-    random = torch.Generator().manual_seed(seed)
-    batch, tokens_q, tokens_k, heads, kv_heads, head_dim = shape
-    direction = torch.ones(head_dim)
-    levels = torch.rand(batch, ceil_div(tokens_k, BLOCK_K), kv_heads, 1, generator=random) * 16 - 8
-    levels = levels.repeat_interleave(BLOCK_K, dim=1)[:, :tokens_k]
-    query = 0.5 * torch.randn(batch, tokens_q, heads, head_dim, generator=random) + direction
-    key = 0.5 * torch.randn(batch, tokens_k, kv_heads, head_dim, generator=random)
-    key = key + direction * levels * head_dim**-0.5
-    value = torch.randn(batch, tokens_k, kv_heads, head_dim, generator=random)
-    return query.to(dtype), key.to(dtype), value.to(dtype)
-
-
-def fresh_state(shape: Shape) -> State:
-    words = all_blocks(ceil_div(shape.tokens_k, BLOCK_K))
-    mask = words.repeat(shape.batch, shape.heads, ceil_div(shape.tokens_q, TILE_Q), 1)
-    return State(mask, torch.full((shape.batch, shape.heads, shape.tokens_q), math.inf))
-
-
-def block_bits(blocks: int, *chosen: int) -> Tensor:
-    bits = torch.zeros(blocks, dtype=torch.bool)
-    bits[list(chosen)] = True
-    return pack_bits(bits)
-
-
 def dense(query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Tensor:
     """PyTorch's attention in float64."""
     q, k, v = (tensor.double().transpose(1, 2) for tensor in (query, key, value))
@@ -101,54 +49,6 @@ def dense(query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Te
     if causal:
         attended = attended.tril(k.shape[2] - q.shape[2])
     return scaled_dot_product_attention(q, k, v, attn_mask=attended, enable_gqa=True).transpose(1, 2)
-
-
-def assert_step_agrees(
-    inputs: tuple[Tensor, Tensor, Tensor],
-    state: State,
-    thresholds: list[float],
-    rule: Rule,
-    must_visit: Tensor | None = None,
-    must_skip: Tensor | None = None,
-    causal: bool = False,
-) -> None:
-    """Step ``state`` with the CPU implementation; compare with the float64 reference.
-
-    Bits may differ where a decision lies within ``MARGIN`` of the threshold: what the reference keeps at a
-    higher threshold must be kept, and what it clears at a lower one must be cleared.
-    """
-    query, key, value = inputs
-    scale = query.shape[3] ** -0.5
-
-    def expected(shift: float) -> tuple[Tensor, Tensor, State]:
-        after = state.copy()
-        shifted = torch.tensor(thresholds) + shift
-        out, lse = reference.forward(
-            query.double(), key.double(), value.double(), after.mask, after.lse, shifted,
-            must_visit, must_skip, scale, causal, rule,
-        )  # fmt: skip
-        return out, lse, after
-
-    out_expected, lse_expected, lower = expected(-MARGIN)
-    _, _, higher = expected(MARGIN)
-    out, lse = ops.forward(
-        query, key, value, state.mask, state.lse, torch.tensor(thresholds),
-        must_visit, must_skip, scale, causal, rule,
-    )  # fmt: skip
-    assert out.dtype == query.dtype
-    assert out.shape == query.shape
-    assert out.is_contiguous()
-    assert lse.dtype == torch.float32
-    tolerance = TOLERANCE[query.dtype]
-    torch.testing.assert_close(out.double(), out_expected, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(lse.double(), lse_expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(state.lse, lower.lse, rtol=1e-5, atol=1e-5)
-    assert torch.equal(state.mask & higher.mask, higher.mask), "a block was cleared that the rule keeps"
-    assert torch.equal(state.mask & lower.mask, state.mask), "a block was kept that the rule clears"
-
-
-def sparsity_of(mask: Tensor, tokens_k: int) -> float:
-    return 1.0 - unpack_bits(mask, ceil_div(tokens_k, BLOCK_K)).double().mean().item()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -198,12 +98,6 @@ def test_empty_batch(implementation: str) -> None:
     )
     assert out.shape == (0, 200, 2, 16)
     assert lse.shape == (0, 2, 200)
-
-
-def level_inputs(levels: list[float], tokens_q: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs for scale ln(2) in which every score of block i is ``levels[i]`` in log2 units."""
-    key = torch.tensor(levels).repeat_interleave(BLOCK_K)[None, :, None, None]
-    return torch.ones(1, tokens_q, 1, 1), key, key
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -377,7 +271,7 @@ def test_threshold_minus_infinity_is_dense_and_leaves_the_state(implementation: 
     assert torch.equal(state.lse, before.lse)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", CPU_TOLERANCE)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_steps_agree_with_the_reference(name: str, rule: Rule, dtype: torch.dtype) -> None:

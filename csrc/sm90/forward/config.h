@@ -31,9 +31,6 @@ constexpr int kConsumerRegisters = 232;
 // Named barriers (0 is __syncthreads): turn + i lets consumer i issue its matrix products.
 constexpr int kTurnBarrier = 1;
 
-// Rows in flight whose outcome the warps of a tile still add up.
-constexpr int kOutcomes = 4;
-
 template <int kHeadDim_, class Element_>
 struct Config {
     using Element = Element_;
@@ -92,15 +89,24 @@ struct Work {
     int tile;  // of queries; -1: no work is left
     int head;
     int batch;
-    int steps;          // product tiles to visit
-    float threshold;    // -inf: ordinary attention, the state stays as it is
-    bool may_lose_all;  // whether the consumers must see to it that a block stays
+    int steps;        // product tiles to visit
+    float threshold;  // -inf: ordinary attention, the state stays as it is
 };
 
-// The blocks of one product tile; -1 where the last tile of a row holds fewer.
+// The blocks of one product tile; -1 where the first tile of a row holds fewer.
 template <int kBlocks>
 struct Visit {
     int block[kBlocks];
+};
+
+// A product tile that the producer has yet to settle in the mask.
+template <int kBlocks>
+struct LedgerEntry {
+    int32_t* words;  // the row of the mask, null where it stays as it is
+    int block[kBlocks];
+    bool first;   // of its row
+    bool last;    // of its row
+    bool forced;  // whether a block of the row stays in any case
 };
 
 template <class Config>
@@ -119,7 +125,11 @@ struct SharedStorage {
 
     Work work[Config::kQueryStages];                // travels with the query
     Visit<Config::kBlocks> visit[Config::kStages];  // travels with the keys
-    int outcome[kOutcomes];                         // warps done, and 256 times those that keep a block
+
+    // Which blocks of a product tile each consumer warp wants to keep. It travels back to the producer with the release of
+    // the values; a consumer may by then be at the tile that takes the same stage next.
+    alignas(8) uint8_t keep[2 * Config::kStages][kConsumerWarps];
+    LedgerEntry<Config::kBlocks> ledger[Config::kStages];
 };
 
 // A place in a ring of stages, and the parity of the round.
@@ -127,6 +137,10 @@ template <int kStages>
 struct RingPosition {
     int index = 0;
     uint32_t phase = 0;
+
+    // Place in a ring of twice as many.
+    CUTLASS_DEVICE int slot() const { return index + (phase ? kStages : 0); }
+    CUTLASS_DEVICE int previous_slot() const { return index + (phase ? 0 : kStages); }
 
     CUTLASS_DEVICE void advance() {
         if (++index == kStages) {

@@ -110,7 +110,7 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
     kernel_params.scale_log2 = params.scale * kLog2E;
 
     auto const kernel = forward_kernel<Config, static_cast<Tracking>(kTracking)>;
-    constexpr int kSharedBytes = sizeof(SharedStorage<Config>) + 1024;
+    constexpr int kSharedBytes = sizeof(SharedStorage<Config>);
     static_assert(kSharedBytes <= 227 * 1024);
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     if (error == cudaSuccess) { error = cudaMemsetAsync(params.counter, 0, sizeof(int), stream); }

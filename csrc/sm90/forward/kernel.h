@@ -48,7 +48,7 @@ CUTLASS_DEVICE void copy_rows(
 
 template <class Config, Tracking kTracking>
 CUTLASS_DEVICE void produce(KernelParams const& params, SharedStorage<Config>& shared) {
-    using Walk = cute::conditional_t<kTracking == Tracking::kNone, DenseWalk, MaskWalk<kTracking>>;
+    using Walk = cute::conditional_t<kTracking == Tracking::kNone, DenseWalk, MaskWalk>;
     using Element = typename Config::Element;
     constexpr uint32_t kQueryBytes = kTileQ * Config::kHeadDim * sizeof(Element);
     constexpr uint32_t kTileBytes = Config::kTileK * Config::kHeadDim * sizeof(Element);
@@ -58,6 +58,13 @@ CUTLASS_DEVICE void produce(KernelParams const& params, SharedStorage<Config>& s
 
     RingPosition<Config::kQueryStages> query;
     RingPosition<Config::kStages> ring;
+    Ledger<kTracking, Config::kBlocks> ledger;
+    // The tile that had this stage a round ago.
+    auto settle = [&] {
+        if constexpr (kTracking != Tracking::kNone) {
+            if (leader) { ledger.settle(shared.ledger[ring.index], shared.keep[ring.previous_slot()]); }
+        }
+    };
     int row = blockIdx.x;
     while (row < total) {
         Work work;
@@ -66,7 +73,6 @@ CUTLASS_DEVICE void produce(KernelParams const& params, SharedStorage<Config>& s
         Walk walk(rows, work);
         work.steps = (walk.visits() + Config::kBlocks - 1) / Config::kBlocks;
         work.threshold = walk.threshold();
-        work.may_lose_all = walk.may_lose_all();
 
         Barrier::wait(&shared.query_empty[query.index], query.phase ^ 1);
         if (leader) {
@@ -79,13 +85,14 @@ CUTLASS_DEVICE void produce(KernelParams const& params, SharedStorage<Config>& s
         query.advance();
 
         int const kv_head = work.head / params.kv_group;
-        int left = walk.visits();
+        // The first tile holds what is over, so that only there something is hidden (but for causal rows).
+        int blocks = walk.visits() - (work.steps - 1) * Config::kBlocks;
         for (int step = 0; step < work.steps; ++step) {
             Visit<Config::kBlocks> visit;
             int token[Config::kBlocks];
             CUTLASS_PRAGMA_UNROLL
             for (int b = 0; b < Config::kBlocks; ++b) {
-                visit.block[b] = left-- > 0 ? walk.next() : -1;
+                visit.block[b] = b < blocks ? walk.next() : -1;
                 // A missing block is read past the end: zeros, without traffic.
                 token[b] = (visit.block[b] >= 0 ? visit.block[b] : (rows.tokens_k + kBlockK - 1) / kBlockK) * kBlockK;
             }
@@ -101,8 +108,19 @@ CUTLASS_DEVICE void produce(KernelParams const& params, SharedStorage<Config>& s
                         work.batch);
                 }
             }
+            blocks = Config::kBlocks;
             Barrier::wait(&shared.value_empty[ring.index], ring.phase ^ 1);
+            settle();
             if (leader) {
+                if constexpr (kTracking != Tracking::kNone) {
+                    LedgerEntry<Config::kBlocks>& entry = shared.ledger[ring.index];
+                    entry.words = walk.words();
+                    CUTLASS_PRAGMA_UNROLL
+                    for (int b = 0; b < Config::kBlocks; ++b) { entry.block[b] = visit.block[b]; }
+                    entry.first = step == 0;
+                    entry.last = step == work.steps - 1;
+                    entry.forced = walk.forced();
+                }
                 CopyBarrier::arrive_and_expect_tx(&shared.value_full[ring.index], kTileBytes);
                 CUTLASS_PRAGMA_UNROLL
                 for (int b = 0; b < Config::kBlocks; ++b) {
@@ -116,6 +134,11 @@ CUTLASS_DEVICE void produce(KernelParams const& params, SharedStorage<Config>& s
         }
         walk.finish();
         row = __shfl_sync(~0u, taken, 0) + gridDim.x;
+    }
+    for (int i = 0; i < Config::kStages; ++i) {
+        Barrier::wait(&shared.value_empty[ring.index], ring.phase ^ 1);
+        settle();
+        ring.advance();
     }
     Barrier::wait(&shared.query_empty[query.index], query.phase ^ 1);
     if (leader) {
@@ -145,48 +168,6 @@ CUTLASS_DEVICE void hide(RowParams const& rows, Visit<kBlocks> const& visit, int
     }
 }
 
-// A warp's record of the blocks that it wants to keep, written a word of the mask at a time.
-class KeptBlocks {
-  public:
-    CUTLASS_DEVICE void begin(int32_t* words) {
-        words_ = words;
-        bits_ = 0;
-        place_ = 0;
-        any_ = false;
-        first_ = -1;
-    }
-    CUTLASS_DEVICE void note(int block, bool keep) {
-        if (first_ < 0) { first_ = block; }
-        if (block / 32 != place_) {
-            flush();
-            place_ = block / 32;
-        }
-        if (keep) {
-            bits_ |= 1u << block % 32;
-            any_ = true;
-        }
-    }
-    CUTLASS_DEVICE void flush() {
-        if (bits_ != 0 && threadIdx.x % 32 == 0) { atomicOr(words_ + place_, static_cast<int>(bits_)); }
-        bits_ = 0;
-    }
-    // Lets the block visited first stay where no warp kept any; the last warp of the tile to come here sees to it.
-    CUTLASS_DEVICE void keep_one(int* outcome) {
-        if (threadIdx.x % 32 != 0) { return; }
-        int const before = atomicAdd(outcome, any_ ? 257 : 1);
-        if (before % 256 < kConsumerWarps - 1) { return; }
-        if (before < 256 && !any_ && first_ >= 0) { atomicOr(words_ + first_ / 32, static_cast<int>(1u << first_ % 32)); }
-        *outcome = 0;
-    }
-
-  private:
-    int32_t* words_;
-    uint32_t bits_;
-    int place_;
-    int first_;
-    bool any_;
-};
-
 template <class Config, Tracking kTracking>
 CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& shared) {
     using namespace cute;
@@ -195,7 +176,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     RowParams const& rows = params.rows;
     int const warpgroup = cutlass::canonical_warp_group_idx() - 1;
     int const lane = threadIdx.x % 32;
-    // Row in the tile of the first of this thread's two queries.
+    // Place in the tile of the first of this thread's two queries.
     int const row_in_tile = (threadIdx.x / 32 - kWarpgroup / 32) * 16 + lane / 4;
 
     Tensor query = make_tensor(make_smem_ptr(shared.query), typename Config::LayoutQ{});
@@ -217,11 +198,9 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     static_assert(decltype(size(scores))::value == kBlocks * 32 && decltype(size(weights))::value == kBlocks * 32);
 
     Softmax<kTracking, kBlocks> softmax(params.scale_log2);
-    KeptBlocks kept;
     RingPosition<Config::kQueryStages> query_ring;
     RingPosition<Config::kStages> key_ring;
     RingPosition<Config::kStages> value_ring;
-    int count = 0;
 
     auto arrive = [&](uint64_t& barrier) {
         __syncwarp();
@@ -261,6 +240,12 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         for (int i = 0; i < kBlocks * 16; ++i) { packed[i] = pack(scores(2 * i), scores(2 * i + 1), Element{}); }
     };
 
+    // In dense kernels nobody reads it, but the compiler moves no wait across a store to memory: without, it moves the
+    // softmax behind the wait for the product that it is to overlap.
+    auto say = [&](int slot, uint32_t keep) {
+        if (lane == 0) { shared.keep[slot][threadIdx.x / 32 - kWarpgroup / 32] = keep; }
+    };
+
     if (warpgroup == 1) { pass_turn(); }
 
     while (true) {
@@ -269,39 +254,26 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         if (work.tile < 0) { break; }
         int const first_row = work.tile * kTileQ + warpgroup * 64;
         int const row = work.tile * kTileQ + row_in_tile;
-        bool const track = kTracking != Tracking::kNone && work.threshold > -INFINITY;
         bool const valid[2] = {row < rows.tokens_q, row + 8 < rows.tokens_q};
+        // In the rules a lane speaks for one of the two queries.
+        int const spoken_for = row + lane % 2 * 8;
         float* lse_state = nullptr;
-        float lse_before[2] = {INFINITY, INFINITY};
+        float lse_before = INFINITY;
         if constexpr (kTracking == Tracking::kMass) {
-            lse_state = params.lse_state + work.batch * params.lse_state_batch_stride +
-                        work.head * params.lse_state_head_stride + row;
-            CUTLASS_PRAGMA_UNROLL
-            for (int r = 0; r < 2; ++r) {
-                if (track && valid[r]) { lse_before[r] = lse_state[8 * r]; }
+            if (work.threshold > -INFINITY) {
+                lse_state = params.lse_state + work.batch * params.lse_state_batch_stride +
+                            work.head * params.lse_state_head_stride;
+                if (spoken_for < rows.tokens_q) { lse_before = lse_state[spoken_for]; }
             }
         }
-        softmax.begin(work.threshold, valid, lse_before);
-        if constexpr (kTracking != Tracking::kNone) {
-            kept.begin(rows.mask + work.batch * rows.mask_batch_stride + work.head * rows.mask_head_stride +
-                       work.tile * rows.mask_tile_stride);
-        }
+        softmax.begin(work.threshold, spoken_for < rows.tokens_q, lse_before);
         float rescale[2];
-        bool agree[kBlocks];
-        auto vote = [&](Visit<kBlocks> const& visit) {
-            if constexpr (kTracking != Tracking::kNone) {
-                CUTLASS_PRAGMA_UNROLL
-                for (int b = 0; b < kBlocks; ++b) {
-                    bool const keep = !__all_sync(~0u, agree[b]);
-                    if (track && visit.block[b] >= 0) { kept.note(visit.block[b], keep); }
-                }
-            }
-        };
 
         mma_pv.accumulate_ = GMMA::ScaleOut::Zero;
         if (work.steps > 0) {
             Barrier::wait(&shared.key_full[key_ring.index], key_ring.phase);
             Visit<kBlocks> visit = shared.visit[key_ring.index];
+            int slot = key_ring.slot();
             issue_qk();
             warpgroup_wait<0>();
             warpgroup_fence_operand(scores);
@@ -309,13 +281,13 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
             key_ring.advance();
             if (work.steps == 1) { arrive(shared.query_empty[query_ring.index]); }
             hide(rows, visit, first_row, row, scores);
-            softmax.step(scores, rescale, agree);
-            vote(visit);
+            say(slot, softmax.step(scores, rescale));
             pack_weights();
 
             for (int step = 1; step < work.steps; ++step) {
                 Barrier::wait(&shared.key_full[key_ring.index], key_ring.phase);
-                visit = shared.visit[key_ring.index];
+                if (rows.causal) { visit = shared.visit[key_ring.index]; }
+                slot = key_ring.slot();
                 take_turn();
                 issue_qk();
                 Barrier::wait(&shared.value_full[value_ring.index], value_ring.phase);
@@ -326,15 +298,15 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
                 arrive(shared.key_empty[key_ring.index]);
                 key_ring.advance();
                 if (step == work.steps - 1) { arrive(shared.query_empty[query_ring.index]); }
-                hide(rows, visit, first_row, row, scores);
-                softmax.step(scores, rescale, agree);
-                vote(visit);
+                if (rows.causal) { hide(rows, visit, first_row, row, scores); }
+                uint32_t const said = softmax.step(scores, rescale);
+                say(slot, said);
                 warpgroup_wait<0>();
                 warpgroup_fence_operand(out);
                 arrive(shared.value_empty[value_ring.index]);
                 value_ring.advance();
                 pack_weights();
-                if (__any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
+                if (said & kGrown) {
                     CUTLASS_PRAGMA_UNROLL
                     for (int i = 0; i < size(out); ++i) { out(i) *= rescale[i / 2 % 2]; }
                 }
@@ -351,14 +323,6 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         }
         query_ring.advance();
 
-        if constexpr (kTracking != Tracking::kNone) {
-            if (track) {
-                kept.flush();
-                if (work.may_lose_all) { kept.keep_one(&shared.outcome[count % kOutcomes]); }
-            }
-        }
-        ++count;
-
         float factor[2];
         float lse[2];
         softmax.end(factor, lse);
@@ -370,7 +334,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
             if (lane % 4 == 0) {
                 params.lse[(static_cast<int64_t>(work.batch) * rows.heads + work.head) * rows.tokens_q + row + 8 * r] =
                     lse[r];
-                if (kTracking == Tracking::kMass && track) { lse_state[8 * r] = lse[r]; }
+                if (lse_state != nullptr) { lse_state[row + 8 * r] = lse[r]; }
             }
             CUTLASS_PRAGMA_UNROLL
             for (int j = 0; j < Config::kHeadDim / 8; ++j) {
@@ -387,9 +351,9 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
 
 template <class Config, Tracking kTracking>
 __global__ void __launch_bounds__(kThreads, 1) forward_kernel(__grid_constant__ KernelParams const params) {
-    extern __shared__ char raw[];
-    // Swizzled tiles repeat every 1024 bytes.
-    auto& shared = *reinterpret_cast<SharedStorage<Config>*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~1023ull);
+    // Swizzled tiles repeat every 1024 bytes; dynamic shared memory starts at such an address.
+    extern __shared__ __align__(1024) char raw[];
+    auto& shared = *reinterpret_cast<SharedStorage<Config>*>(raw);
     if (threadIdx.x == 0) {
         cute::prefetch_tma_descriptor(&params.query);
         cute::prefetch_tma_descriptor(&params.key);
@@ -404,7 +368,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(__grid_constant__ 
             Barrier::init(&shared.value_full[i], 1);
             Barrier::init(&shared.value_empty[i], kConsumerWarps);
         }
-        for (int i = 0; i < kOutcomes; ++i) { shared.outcome[i] = 0; }
+        for (int i = 0; i < Config::kStages; ++i) { shared.ledger[i].words = nullptr; }
         cutlass::arch::fence_barrier_init();
     }
     __syncthreads();

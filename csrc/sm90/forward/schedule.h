@@ -59,7 +59,6 @@ class DenseWalk {
     CUTLASS_DEVICE DenseWalk(RowParams const& params, Work const& work) : next_(reach(params, work.tile)) {}
     CUTLASS_DEVICE int visits() const { return next_; }
     CUTLASS_DEVICE float threshold() const { return -INFINITY; }
-    CUTLASS_DEVICE bool may_lose_all() const { return false; }
     CUTLASS_DEVICE int next() { return --next_; }
     CUTLASS_DEVICE void finish() {}
 
@@ -68,8 +67,7 @@ class DenseWalk {
 };
 
 // Walks the blocks that a row of the mask visits, from the last to the first. On the way it rewrites the mask: what
-// is visited becomes 0 until a consumer says that it stays, but for what stays in any case.
-template <Tracking kTracking>
+// is visited becomes 0 until the Ledger says that it stays, but for what must be visited.
 class MaskWalk {
   public:
     CUTLASS_DEVICE MaskWalk(RowParams const& params, Work const& work) : blocks_(reach(params, work.tile)) {
@@ -110,8 +108,11 @@ class MaskWalk {
     // -inf: ordinary attention, which leaves the state as it is.
     CUTLASS_DEVICE float threshold() const { return threshold_; }
 
-    // With the rule `mass` nothing visited may stay; then the block visited first does.
-    CUTLASS_DEVICE bool may_lose_all() const { return kTracking == Tracking::kMass && !dense_ && !forced_; }
+    // Null where the state stays as it is.
+    CUTLASS_DEVICE int32_t* words() const { return dense_ ? nullptr : words_; }
+
+    // Whether a block that must be visited stays, whatever the consumers say.
+    CUTLASS_DEVICE bool forced() const { return forced_; }
 
     CUTLASS_DEVICE int next() {
         while (word_ == 0) {
@@ -161,15 +162,10 @@ class MaskWalk {
             uint32_t const forced = must_visit_word(word);
             uint32_t const may = allowed_word(word);
             chunk_words_ = all_allowed_ ? may : (before | forced) & may;
-            uint32_t stays = chunk_words_ & forced;
-            uint32_t const busy = __ballot_sync(~0u, chunk_words_ != 0);
-            if (kTracking == Tracking::kRunningMax && first_ && busy != 0) {
-                if (lane_ == 31 - __clz(busy)) { stays |= 1u << (31 - __clz(chunk_words_)); }
-                first_ = false;
-            }
             // Blocks past a causal row's reach keep their bits.
             uint32_t const exist = below(all_blocks_, word);
-            if (exist != 0) { words_[word] = static_cast<int32_t>(stays | (before & exist & ~in_reach)); }
+            uint32_t const stays = (chunk_words_ & forced) | (before & exist & ~in_reach);
+            if (exist != 0) { words_[word] = static_cast<int32_t>(stays); }
         }
         pending_ = __ballot_sync(~0u, chunk_words_ != 0);
     }
@@ -190,7 +186,53 @@ class MaskWalk {
     bool dense_;
     bool forced_ = false;
     bool all_allowed_ = false;
-    bool first_ = true;
+};
+
+// Writes what becomes of the visited blocks: a product tile is entered when it is fetched and settled when the consumers
+// have released it and said which blocks they want to keep. Runs in one lane.
+template <Tracking kTracking, int kBlocks>
+class Ledger {
+  public:
+    CUTLASS_DEVICE void settle(LedgerEntry<kBlocks> const& entry, uint8_t const (&keep)[kConsumerWarps]) {
+        if (entry.words == nullptr) { return; }
+        static_assert(sizeof(keep) == 2 * sizeof(uint32_t));
+        uint2 const halves = reinterpret_cast<uint2 const&>(keep);
+        uint32_t kept = halves.x | halves.y;
+        kept |= kept >> 16;
+        kept |= kept >> 8;
+        if (entry.first) {
+            first_block_ = entry.block[0];
+            any_ = entry.forced;
+            if (kTracking == Tracking::kRunningMax) { kept |= 1; }
+        }
+        CUTLASS_PRAGMA_UNROLL
+        for (int b = 0; b < kBlocks; ++b) {
+            if (entry.block[b] >= 0 && kept >> b & 1) { note(entry.words, entry.block[b]); }
+        }
+        if (entry.last) {
+            if (!any_) { note(entry.words, first_block_); }
+            flush(entry.words);
+        }
+    }
+
+  private:
+    CUTLASS_DEVICE void note(int32_t* words, int block) {
+        if (block / 32 != place_) {
+            flush(words);
+            place_ = block / 32;
+        }
+        bits_ |= 1u << block % 32;
+        any_ = true;
+    }
+    CUTLASS_DEVICE void flush(int32_t* words) {
+        if (bits_ != 0) { atomicOr(words + place_, static_cast<int>(bits_)); }
+        bits_ = 0;
+    }
+
+    int place_ = 0;  // of the word that is being gathered
+    uint32_t bits_ = 0;
+    int first_block_ = 0;
+    bool any_ = false;
 };
 
 }  // namespace lite_attention::sm90

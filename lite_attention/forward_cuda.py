@@ -1,0 +1,105 @@
+"""`lite_attention::forward` on Hopper GPUs: prepares memory for the kernels of ``csrc/sm90``."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lite_attention.native import cuda
+from lite_attention.options import Rule
+
+DTYPES = (torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+ALIGNMENT = 8
+"""Elements, 16 bytes: the copy engine takes head_dim and strides in multiples of it, from addresses on it."""
+
+
+def check_supported(query: Tensor) -> None:
+    """Check that the kernels take this query, (batch, tokens, heads, head_dim), on its CUDA device.
+
+    Raises:
+        TypeError: it is neither bfloat16 nor float16.
+        ValueError: head_dim is not from 1 to 256.
+        RuntimeError: the kernels are not built, or not for this GPU.
+    """
+    if query.dtype not in DTYPES:
+        raise TypeError(f"query: expected bfloat16 or float16 on {query.device.type}, got {query.dtype}")
+    head_dim = query.shape[3]
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"query: expected head_dim from 1 to {MAX_HEAD_DIM} on {query.device.type}, got {head_dim}")
+    if reason := cuda.obstacle(query.device.index):
+        raise RuntimeError(f"lite_attention::forward cannot run on {query.device}: {reason}")
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    lse_state: Tensor | None,
+    thresholds: Tensor | None,
+    must_visit: Tensor | None,
+    must_skip: Tensor | None,
+    scale: float,
+    causal: bool,
+    rule: Rule,
+) -> tuple[Tensor, Tensor]:
+    """Arguments, results and meaning as `lite_attention.reference.forward`; bfloat16 and float16.
+
+    Launches on the current stream and never waits. Allocates the results only, except for inputs that the GPU's
+    copy engine cannot read, which are copied first: those not aligned to 16 bytes or with a dimension that is
+    expanded or has a stride of no multiple of 16 bytes, those with a last dimension that is not contiguous, and those
+    whose head_dim is no multiple of 8, which are padded with zeros. The mask and lse_state are copied to and fro if
+    their last dimension is not contiguous.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `check_supported` says.
+        RuntimeError: the launch fails.
+    """
+    check_supported(query)
+    batch, tokens_q, heads, head_dim = query.shape
+    query, key, value = (_readable(tensor) for tensor in (query, key, value))
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    # One allocation for two: the last word is the counter from which the kernel's blocks draw their work.
+    rows = batch * heads * tokens_q
+    words = torch.empty(rows + 1, dtype=torch.float32, device=query.device)
+    lse, counter = words[:rows].view(batch, heads, tokens_q), words[rows:].view(torch.int32)
+    mask_rows, lse_rows = _contiguous_rows(mask), _contiguous_rows(lse_state)
+
+    torch.ops.lite_attention.forward_sm90(
+        query,
+        key,
+        value,
+        out,
+        lse,
+        counter,
+        mask_rows,
+        lse_rows,
+        _contiguous_rows(thresholds),
+        _contiguous_rows(must_visit),
+        _contiguous_rows(must_skip),
+        scale,
+        causal,
+        rule == "mass",
+    )
+    for state, written in ((mask, mask_rows), (lse_state, lse_rows)):
+        if state is not None and written is not None and written is not state:
+            state.copy_(written)
+    return out[..., :head_dim].contiguous(), lse
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The tensor (batch, tokens, heads, head_dim), or a copy, padded with zeros, that the copy engine can read."""
+    if padding := -tensor.shape[3] % ALIGNMENT:
+        return pad(tensor, (0, padding)).contiguous()
+    aligned = tensor.data_ptr() % (ALIGNMENT * tensor.element_size()) == 0 and tensor.stride(3) == 1
+    for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True):
+        aligned = aligned and (size < 2 or (stride > 0 and stride % ALIGNMENT == 0))
+    return tensor if aligned else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _contiguous_rows(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or a copy, with a contiguous last dimension."""
+    if tensor is None or tensor.shape[-1] < 2 or tensor.stride(-1) == 1:
+        return tensor
+    return tensor.contiguous()

@@ -1,0 +1,66 @@
+"""The compiled CUDA kernels (``csrc/sm90``), which PyTorch loads as operators of its own.
+
+Nothing is loaded, and no driver is touched, before a CUDA tensor asks for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from lite_attention.tiles import BLOCK_K, TILE_Q
+
+LIBRARY = Path(__file__).parent / "liblite_attention_cuda.so"
+
+CAPABILITY = (9, 0)
+"""The compute capability, Hopper's, that the kernels are compiled for; they run on no other."""
+
+
+NOT_BUILT = "not built: at installation there was no CUDA compiler (nvcc), or it failed"
+
+
+@cache
+def obstacle(device: int) -> str | None:
+    """Load the kernels for the CUDA device of that index; None, or what keeps them from running there."""
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != CAPABILITY:
+        found = "this GPU is sm_{}{}".format(*capability)
+        return f"{found} ({torch.cuda.get_device_name(device)}): the kernels need sm_90 (Hopper)"
+    return _load()
+
+
+@cache
+def _load() -> str | None:
+    if not LIBRARY.exists():
+        return NOT_BUILT
+    try:
+        torch.ops.load_library(LIBRARY)
+        return tile_mismatch(ctypes.CDLL(str(LIBRARY)))
+    except OSError as error:
+        return f"cannot be loaded: {error}"
+
+
+def tile_mismatch(library: ctypes.CDLL) -> str | None:
+    """None, or in which way the tiles that a library was built for are not those of `lite_attention.tiles`."""
+    tile_q, block_k = ctypes.c_int(), ctypes.c_int()
+    library.lite_attention_tile_sizes(ctypes.byref(tile_q), ctypes.byref(block_k))
+    if (tile_q.value, block_k.value) == (TILE_Q, BLOCK_K):
+        return None
+    built = f"built for tiles of {tile_q.value} queries and {block_k.value} keys"
+    return f"{built}, expected {TILE_Q} and {BLOCK_K}: install the package again"
+
+
+def status() -> tuple[bool, str]:
+    """Whether the kernels run on PyTorch's current CUDA device; whether they are built, and what keeps them."""
+    device = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    reason = obstacle(device)
+    if reason is None:
+        return True, f"built; run on {torch.cuda.get_device_name(device)}"
+    if reason == NOT_BUILT:
+        return False, reason
+    return False, f"{'built' if LIBRARY.exists() else 'not built'}; {reason}"
