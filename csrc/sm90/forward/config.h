@@ -37,7 +37,7 @@ struct Config {
     static constexpr int kHeadDim = kHeadDim_;
 
     // Blocks that one product tile gathers, and tiles in flight.
-    static constexpr int kBlocks = kHeadDim <= 128 ? 2 : 1;
+    static constexpr int kBlocks = kHeadDim <= 64 ? 3 : kHeadDim <= 128 ? 2 : 1;
     static constexpr int kTileK = kBlocks * kBlockK;
     static constexpr int kStages = kHeadDim == 192 ? 3 : 2;
     static constexpr int kQueryStages = kHeadDim <= 128 ? 2 : 1;
@@ -130,6 +130,7 @@ struct SharedStorage {
     // the values; a consumer may by then be at the tile that takes the same stage next.
     alignas(8) uint8_t keep[2 * Config::kStages][kConsumerWarps];
     LedgerEntry<Config::kBlocks> ledger[Config::kStages];
+    uint32_t zero;  // see Softmax::judge
 };
 
 // A place in a ring of stages, and the parity of the round.

@@ -66,11 +66,17 @@ CUTLASS_DEVICE void produce(KernelParams const& params, SharedStorage<Config>& s
         }
     };
     int row = blockIdx.x;
+    Ahead ahead;
+    int taken = leader ? atomicAdd(rows.counter, 1) : 0;
+    auto look_ahead = [&] {
+        row = __shfl_sync(~0u, taken, 0) + gridDim.x;
+        taken = leader ? atomicAdd(rows.counter, 1) : 0;
+        if (row < total) { Walk::fetch(rows, row, ahead); }
+    };
+    if (row < total) { Walk::fetch(rows, row, ahead); }
     while (row < total) {
-        Work work;
-        locate(rows, row, work);
-        int taken = leader ? atomicAdd(rows.counter, 1) : 0;
-        Walk walk(rows, work);
+        Work work = ahead.work;
+        Walk walk(rows, ahead);
         work.steps = (walk.visits() + Config::kBlocks - 1) / Config::kBlocks;
         work.threshold = walk.threshold();
 
@@ -131,9 +137,10 @@ CUTLASS_DEVICE void produce(KernelParams const& params, SharedStorage<Config>& s
                 }
             }
             ring.advance();
+            if (step == 0) { look_ahead(); }
         }
+        if (work.steps == 0) { look_ahead(); }
         walk.finish();
-        row = __shfl_sync(~0u, taken, 0) + gridDim.x;
     }
     for (int i = 0; i < Config::kStages; ++i) {
         Barrier::wait(&shared.value_empty[ring.index], ring.phase ^ 1);
@@ -193,11 +200,12 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     Tensor scores = partition_fragment_C(mma_qk, Shape<Int<kTileQ>, Int<Config::kTileK>>{});
     Tensor out = partition_fragment_C(mma_pv, Shape<Int<kTileQ>, Int<Config::kHeadDim>>{});
     // Weights as the first operand of the second product: the order of the scores, 16 keys at a time.
-    Tensor weights =
-        make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Config::kTileK / 16>>>{});
+    Tensor weights = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Config::kTileK / 16>>>{});
     static_assert(decltype(size(scores))::value == kBlocks * 32 && decltype(size(weights))::value == kBlocks * 32);
 
-    Softmax<kTracking, kBlocks> softmax(params.scale_log2);
+    auto& words = *reinterpret_cast<uint32_t(*)[kBlocks * 16]>(raw_pointer_cast(weights.data()));
+
+    Softmax<kTracking, kBlocks, Element> softmax(params.scale_log2);
     RingPosition<Config::kQueryStages> query_ring;
     RingPosition<Config::kStages> key_ring;
     RingPosition<Config::kStages> value_ring;
@@ -225,7 +233,6 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     };
     auto issue_pv = [&] {
         warpgroup_fence_operand(out);
-        warpgroup_fence_operand(weights);
         warpgroup_arrive();
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < size<2>(weights); ++i) {
@@ -234,16 +241,11 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         }
         warpgroup_commit_batch();
     };
-    auto pack_weights = [&] {
-        uint32_t* packed = reinterpret_cast<uint32_t*>(raw_pointer_cast(weights.data()));
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kBlocks * 16; ++i) { packed[i] = pack(scores(2 * i), scores(2 * i + 1), Element{}); }
-    };
-
-    // In dense kernels nobody reads it, but the compiler moves no wait across a store to memory: without, it moves the
-    // softmax behind the wait for the product that it is to overlap.
-    auto say = [&](int slot, uint32_t keep) {
-        if (lane == 0) { shared.keep[slot][threadIdx.x / 32 - kWarpgroup / 32] = keep; }
+    auto say = [&](int slot, uint32_t stamp) {
+        if constexpr (kTracking != Tracking::kNone) {
+            uint32_t const keep = softmax.judge(stamp);
+            if (lane == 0) { shared.keep[slot][threadIdx.x / 32 - kWarpgroup / 32] = keep; }
+        }
     };
 
     if (warpgroup == 1) { pass_turn(); }
@@ -255,19 +257,19 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         int const first_row = work.tile * kTileQ + warpgroup * 64;
         int const row = work.tile * kTileQ + row_in_tile;
         bool const valid[2] = {row < rows.tokens_q, row + 8 < rows.tokens_q};
-        // In the rules a lane speaks for one of the two queries.
-        int const spoken_for = row + lane % 2 * 8;
         float* lse_state = nullptr;
-        float lse_before = INFINITY;
+        float lse_before[2] = {INFINITY, INFINITY};
         if constexpr (kTracking == Tracking::kMass) {
             if (work.threshold > -INFINITY) {
                 lse_state = params.lse_state + work.batch * params.lse_state_batch_stride +
-                            work.head * params.lse_state_head_stride;
-                if (spoken_for < rows.tokens_q) { lse_before = lse_state[spoken_for]; }
+                            work.head * params.lse_state_head_stride + row;
+                CUTLASS_PRAGMA_UNROLL
+                for (int r = 0; r < 2; ++r) {
+                    if (valid[r]) { lse_before[r] = lse_state[8 * r]; }
+                }
             }
         }
-        softmax.begin(work.threshold, spoken_for < rows.tokens_q, lse_before);
-        float rescale[2];
+        softmax.begin(work.threshold, valid, lse_before);
 
         mma_pv.accumulate_ = GMMA::ScaleOut::Zero;
         if (work.steps > 0) {
@@ -281,38 +283,38 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
             key_ring.advance();
             if (work.steps == 1) { arrive(shared.query_empty[query_ring.index]); }
             hide(rows, visit, first_row, row, scores);
-            say(slot, softmax.step(scores, rescale));
-            pack_weights();
+            softmax.first(scores, words);
 
             for (int step = 1; step < work.steps; ++step) {
                 Barrier::wait(&shared.key_full[key_ring.index], key_ring.phase);
                 if (rows.causal) { visit = shared.visit[key_ring.index]; }
-                slot = key_ring.slot();
                 take_turn();
+                warpgroup_fence_operand(weights);
                 issue_qk();
                 Barrier::wait(&shared.value_full[value_ring.index], value_ring.phase);
                 issue_pv();
                 pass_turn();
-                warpgroup_wait<1>();
+                warpgroup_wait<0>();
                 warpgroup_fence_operand(scores);
+                warpgroup_fence_operand(out);
                 arrive(shared.key_empty[key_ring.index]);
+                // Judging the tile before hides behind the exponents of this one, once its scores are there.
+                say(slot, *static_cast<uint32_t const volatile*>(&shared.zero));
+                arrive(shared.value_empty[value_ring.index]);
+                slot = key_ring.slot();
                 key_ring.advance();
+                value_ring.advance();
                 if (step == work.steps - 1) { arrive(shared.query_empty[query_ring.index]); }
                 if (rows.causal) { hide(rows, visit, first_row, row, scores); }
-                uint32_t const said = softmax.step(scores, rescale);
-                say(slot, said);
-                warpgroup_wait<0>();
-                warpgroup_fence_operand(out);
-                arrive(shared.value_empty[value_ring.index]);
-                value_ring.advance();
-                pack_weights();
-                if (said & kGrown) {
+                float rescale[2];
+                if (softmax.step(scores, words, rescale)) {
                     CUTLASS_PRAGMA_UNROLL
                     for (int i = 0; i < size(out); ++i) { out(i) *= rescale[i / 2 % 2]; }
                 }
             }
             Barrier::wait(&shared.value_full[value_ring.index], value_ring.phase);
             issue_pv();
+            say(slot, 0);
             warpgroup_wait<0>();
             warpgroup_fence_operand(out);
             arrive(shared.value_empty[value_ring.index]);
@@ -334,7 +336,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
             if (lane % 4 == 0) {
                 params.lse[(static_cast<int64_t>(work.batch) * rows.heads + work.head) * rows.tokens_q + row + 8 * r] =
                     lse[r];
-                if (lse_state != nullptr) { lse_state[row + 8 * r] = lse[r]; }
+                if (lse_state != nullptr) { lse_state[8 * r] = lse[r]; }
             }
             CUTLASS_PRAGMA_UNROLL
             for (int j = 0; j < Config::kHeadDim / 8; ++j) {
@@ -368,6 +370,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(__grid_constant__ 
             Barrier::init(&shared.value_full[i], 1);
             Barrier::init(&shared.value_empty[i], kConsumerWarps);
         }
+        shared.zero = 0;
         for (int i = 0; i < Config::kStages; ++i) { shared.ledger[i].words = nullptr; }
         cutlass::arch::fence_barrier_init();
     }

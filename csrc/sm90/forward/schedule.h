@@ -53,10 +53,19 @@ CUTLASS_DEVICE int reach(RowParams const& params, int tile) {
     return (tokens + kBlockK - 1) / kBlockK;
 }
 
-// Walks all blocks below `blocks`, from the last to the first.
+// What a walk begins with; fetched a row ahead, so that nothing waits for it.
+struct Ahead {
+    Work work;       // tile, head and batch
+    float threshold;
+    uint32_t words;  // of the mask, one a lane: the last 32 of them
+};
+
+// Walks all blocks that the tile attends, from the last to the first.
 class DenseWalk {
   public:
-    CUTLASS_DEVICE DenseWalk(RowParams const& params, Work const& work) : next_(reach(params, work.tile)) {}
+    CUTLASS_DEVICE static void fetch(RowParams const& params, int row, Ahead& ahead) { locate(params, row, ahead.work); }
+
+    CUTLASS_DEVICE DenseWalk(RowParams const& params, Ahead const& ahead) : next_(reach(params, ahead.work.tile)) {}
     CUTLASS_DEVICE int visits() const { return next_; }
     CUTLASS_DEVICE float threshold() const { return -INFINITY; }
     CUTLASS_DEVICE int next() { return --next_; }
@@ -70,22 +79,31 @@ class DenseWalk {
 // is visited becomes 0 until the Ledger says that it stays, but for what must be visited.
 class MaskWalk {
   public:
-    CUTLASS_DEVICE MaskWalk(RowParams const& params, Work const& work) : blocks_(reach(params, work.tile)) {
-        all_blocks_ = (params.tokens_k + kBlockK - 1) / kBlockK;
-        lane_ = threadIdx.x % 32;
-        threshold_ = params.thresholds[work.batch];
-        dense_ = threshold_ == -INFINITY;
-        must_visit_ = params.must_visit;
-        must_skip_ = params.must_skip;
-        words_ = params.mask + work.batch * params.mask_batch_stride + work.head * params.mask_head_stride +
-                 work.tile * params.mask_tile_stride;
+    CUTLASS_DEVICE static void fetch(RowParams const& params, int row, Ahead& ahead) {
+        locate(params, row, ahead.work);
+        ahead.threshold = params.thresholds[ahead.work.batch];
+        int const blocks = (params.tokens_k + kBlockK - 1) / kBlockK;
+        int const word = (blocks - 1) / 1024 * 32 + static_cast<int>(threadIdx.x % 32);
+        ahead.words = word * 32 < blocks ? static_cast<uint32_t>(__ldcg(row_words(params, ahead.work) + word)) : 0u;
+    }
+
+    CUTLASS_DEVICE MaskWalk(RowParams const& params, Ahead const& ahead)
+        : words_(row_words(params, ahead.work)),
+          must_visit_(params.must_visit),
+          must_skip_(params.must_skip),
+          blocks_(reach(params, ahead.work.tile)),
+          all_blocks_((params.tokens_k + kBlockK - 1) / kBlockK),
+          lane_(threadIdx.x % 32),
+          last_words_(ahead.words),
+          threshold_(ahead.threshold),
+          dense_(ahead.threshold == -INFINITY) {
         chunk_ = (all_blocks_ + 1023) / 1024;
         if (dense_) {
             visits_ = blocks_;
             return;
         }
         int allowed = 0;
-        int forced = 0;
+        uint32_t forced = 0;
         for (int chunk = chunk_ - 1; chunk >= 0; --chunk) {
             int const word = chunk * 32 + lane_;
             uint32_t const may = allowed_word(word);
@@ -94,11 +112,10 @@ class MaskWalk {
             visits_ += __popc(visited);
             forced |= visited & must_visit_word(word);
         }
-        allowed = __reduce_add_sync(~0u, allowed);
         visits_ = __reduce_add_sync(~0u, visits_);
         if (visits_ == 0) {
             all_allowed_ = true;
-            visits_ = allowed;
+            visits_ = __reduce_add_sync(~0u, allowed);
         }
         forced_ = __any_sync(~0u, forced != 0);
     }
@@ -140,8 +157,13 @@ class MaskWalk {
         int const bits = blocks - word * 32;
         return bits >= 32 ? ~0u : bits <= 0 ? 0u : (1u << bits) - 1;
     }
+    CUTLASS_DEVICE static int32_t* row_words(RowParams const& params, Work const& work) {
+        return params.mask + work.batch * params.mask_batch_stride + work.head * params.mask_head_stride +
+               work.tile * params.mask_tile_stride;
+    }
     CUTLASS_DEVICE uint32_t mask_word(int word) const {
-        return word * 32 < all_blocks_ ? static_cast<uint32_t>(__ldcg(words_ + word)) : 0u;
+        if (word / 32 == (all_blocks_ - 1) / 1024) { return last_words_; }
+        return static_cast<uint32_t>(__ldcg(words_ + word));
     }
     CUTLASS_DEVICE uint32_t must_visit_word(int word) const {
         return must_visit_ != nullptr && word * 32 < blocks_ ? static_cast<uint32_t>(must_visit_[word]) : 0u;
@@ -176,8 +198,9 @@ class MaskWalk {
     int blocks_;
     int all_blocks_;
     int lane_;
-    int visits_ = 0;
+    uint32_t last_words_;
     float threshold_;
+    int visits_ = 0;
     int chunk_;
     int place_ = 0;
     uint32_t chunk_words_ = 0;

@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: MIT
 // Online softmax of the two query rows that a consumer thread holds, and the skip rules, which look at the same numbers.
 // The order of work is that of the FlashAttention-3 paper (section 3); the rules are those of
-// `lite_attention/reference.py`. Loops run over independent chains innermost: two warps a scheduler hide no latency.
+// `lite_attention/reference.py`.
+//
+// A row's exponents are taken relative to an offset that is its largest score in the first tile, and stays: the weights of
+// later tiles may be larger than 1, and only when their sum passes a limit is the largest score looked for again. So most
+// tiles need no maximum, and nothing waits for one.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,29 +18,36 @@ namespace lite_attention::sm90 {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// A row's exponents are taken relative to `base`, which follows the row's maximum only when that has grown by so many
-// log2 units: until then nothing needs to be rescaled, and weights stay below 2^8.
-constexpr float kSlack = 8.0f;
+// Weights below are flushed to zero sooner or later: a rule that compares with less keeps the block.
+constexpr float kTiny = 0x1p-100f;
 
-// See Softmax::step; above the bits of the blocks.
-constexpr uint32_t kGrown = 1 << 7;
+// What the weights of a tile may sum to before the offset is raised: far from overflow.
+template <class Element>
+constexpr float kLargest = 0x1p40f;
+template <>
+constexpr float kLargest<cutlass::half_t> = 0x1p15f;
 
 // Larger of two numbers, NaN if one is.
-CUTLASS_DEVICE float max_nan(float a, float b) {
-    float larger;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
-    return larger;
-}
-
 struct Max {
-    CUTLASS_DEVICE float operator()(float a, float b) const { return max_nan(a, b); }
+    CUTLASS_DEVICE float operator()(float a, float b) const {
+        float larger;
+        asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+        return larger;
+    }
 };
 struct Sum {
     CUTLASS_DEVICE float operator()(float a, float b) const { return a + b; }
 };
 
-// The four lanes of a quad hold parts of the same rows. Joins the parts of two numbers: even lanes get the first, odd lanes
-// the second, of half the quad.
+// The same for two pairs of bfloat16.
+CUTLASS_DEVICE uint32_t larger_pair(uint32_t a, uint32_t b) {
+    uint32_t larger;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+    return larger;
+}
+
+// The four lanes of a quad hold parts of the same rows. Joins the parts of two numbers over half the quad: lanes with the bit
+// get the second number, the others the first.
 template <class Join>
 CUTLASS_DEVICE float halve(float first, float second, int lane_bit, Join join) {
     bool const upper = (threadIdx.x & lane_bit) != 0;
@@ -55,95 +66,76 @@ CUTLASS_DEVICE uint32_t pack(float low, float high, cutlass::half_t) {
 }
 
 // Scores come as an accumulator of kBlocks * 32 numbers: column pair c, row r, group of 8 columns j at c + 2 r + 4 j;
-// 8 groups make a block.
-template <Tracking kTracking, int kBlocks>
+// 8 groups make a block. Weights leave in the same order, two to a word.
+template <Tracking kTracking, int kBlocks, class Element>
 class Softmax {
   public:
     CUTLASS_DEVICE Softmax(float scale_log2) : scale_log2_(scale_log2) {}
 
-    // Before a row of the mask. In the rules a lane speaks for one of its quad's rows, the odd lanes for the second:
-    // whether that query is `valid` (not past the end) and its natural LSE in the step before (rule `mass`).
-    CUTLASS_DEVICE void begin(float threshold, bool valid, float lse_before) {
+    // Before a row of the mask. `valid`: the query is not past the end (those past it agree to everything). `lse_before`:
+    // its natural LSE in the step before (rule `mass`).
+    CUTLASS_DEVICE void begin(float threshold, bool const (&valid)[2], float const (&lse_before)[2]) {
+        largest_ = 0.0f;
         CUTLASS_PRAGMA_UNROLL
         for (int r = 0; r < 2; ++r) {
-            base_[r] = -INFINITY;
+            offset_[r] = NAN;
             sum_[r] = 0.0f;
+            if constexpr (kTracking == Tracking::kRunningMax) { limit_[r] = exp2f(threshold); }
+            if constexpr (kTracking == Tracking::kMass) {
+                limit_[r] = lse_before[r] == INFINITY ? NAN : threshold + lse_before[r] * kLog2E;
+            }
+            if (!valid[r]) { limit_[r] = INFINITY; }
         }
-        max_ = -INFINITY;
-        limit_ = threshold;
-        if constexpr (kTracking == Tracking::kMass) {
-            // No step before: NaN, to which no comparison agrees.
-            limit_ = lse_before == INFINITY ? NAN : threshold + lse_before * kLog2E;
-        }
-        if (!valid) { limit_ = INFINITY; }
     }
 
-    // Turns scores into weights relative to the rows' bases. Returns a bit for each block, whether a row of the warp wants to
-    // keep it, and kGrown where earlier weights are to be multiplied by `rescale`.
+    // The first tile: takes its largest scores as offsets.
     template <class Scores>
-    CUTLASS_DEVICE uint32_t step(Scores& scores, float (&rescale)[2]) {
-        float part[kBlocks][2];
-        for_all([&](int b, int r) { part[b][r] = scores(at(b, 0, r)); });
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 1; i < 16; ++i) {
-            for_all([&](int b, int r) { part[b][r] = max_nan(part[b][r], scores(at(b, i, r))); });
-        }
-        uint32_t keep = 0;
-        float own;
-        if constexpr (kTracking == Tracking::kRunningMax) {
-            own = max_;
-            keep = judge(part, Max{}, [&](float block_max, float before) {
-                return (block_max - before) * scale_log2_ <= limit_ || block_max == -INFINITY || limit_ == INFINITY;
-            }, own);
-            max_ = own;
-        } else {
-            float largest[2] = {part[0][0], part[0][1]};
-            CUTLASS_PRAGMA_UNROLL
-            for (int b = 1; b < kBlocks; ++b) {
-                largest[0] = max_nan(largest[0], part[b][0]);
-                largest[1] = max_nan(largest[1], part[b][1]);
-            }
-            own = halve(largest[0], largest[1], 1, Max{});
-            own = max_nan(own, __shfl_xor_sync(~0u, own, 2));
-        }
-        float const other = __shfl_xor_sync(~0u, own, 1);
-        bool const odd = threadIdx.x & 1;
-        float const largest[2] = {odd ? other : own, odd ? own : other};
+    CUTLASS_DEVICE void first(Scores const& scores, uint32_t (&weights)[kBlocks * 16]) {
+        float rescale[2];
+        exponents(scores, raise(scores, rescale), weights);
+        add(scores);
+    }
 
-        float offset[2];
-        CUTLASS_PRAGMA_UNROLL
-        for (int r = 0; r < 2; ++r) {
-            // Not "greater": NaN becomes the base.
-            bool const same = (largest[r] - base_[r]) * scale_log2_ <= kSlack || largest[r] == -INFINITY;
-            float const base = same ? base_[r] : largest[r];
-            rescale[r] = same ? 1.0f : exp2f((base_[r] - base) * scale_log2_);
-            base_[r] = base;
-            offset[r] = base == -INFINITY ? 0.0f : base * scale_log2_;
+    // A later tile. True where earlier weights are to be multiplied by `rescale`.
+    template <class Scores>
+    CUTLASS_DEVICE bool step(Scores const& scores, uint32_t (&weights)[kBlocks * 16], float (&rescale)[2]) {
+        Offsets offsets = {offset_[0], offset_[1]};
+        bool raised = false;
+        // A loop, though it runs once or twice: with a copy of the exponents in a branch the compiler serializes the products.
+        CUTLASS_PRAGMA_NO_UNROLL
+        while (true) {
+            exponents(scores, offsets, weights);
+            float all = 0.0f;
+            for_all([&](int b, int r) { all += mass_[b][r]; });
+            // NaN is too much as well: no offset yet, or NaN among the scores.
+            if (raised || !__any_sync(~0u, !(all <= kLargest<Element>))) { break; }
+            offsets = raise(scores, rescale);
+            raised = true;
         }
-        for_all([&](int b, int r) { part[b][r] = 0.0f; });
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < 16; ++i) {
-            for_all([&](int b, int r) {
-                float& score = scores(at(b, i, r));
-                score = exp2f(score * scale_log2_ - offset[r]);
-                part[b][r] += score;
+        add(scores);
+        return raised;
+    }
+
+    // Bits of the blocks of the last tile that a row of this warp wants to keep. `stamp` is 0 to the caller, but the compiler sees
+    // that it depends on something, and does not move the work before that.
+    CUTLASS_DEVICE uint32_t judge(uint32_t stamp) {
+        auto after_stamp = [&](float& part) { part = __uint_as_float(__float_as_uint(part) | stamp); };
+        for_all([&](int b, int r) { after_stamp(kTracking == Tracking::kMass ? mass_[b][r] : most_[b][r]); });
+        bool const odd = threadIdx.x & 1;
+        float const limit = odd ? limit_[1] : limit_[0];
+        if constexpr (kTracking == Tracking::kRunningMax) {
+            return judge(most_, Max{}, [&](float most, float before) {
+                float const bound = before * limit;
+                return (most <= bound && (bound >= kTiny || before == 0.0f)) || limit == INFINITY;
             });
         }
-        CUTLASS_PRAGMA_UNROLL
-        for (int r = 0; r < 2; ++r) {
-            sum_[r] *= rescale[r];
-            CUTLASS_PRAGMA_UNROLL
-            for (int b = 0; b < kBlocks; ++b) { sum_[r] += part[b][r]; }
-        }
-        // The sums have a say so that the vote comes after all the exponents, see kernel.h.
-        bool const grown = rescale[0] != 1.0f || rescale[1] != 1.0f || !(sum_[0] + sum_[1] >= 0.0f);
-        keep |= __any_sync(~0u, grown) ? kGrown : 0u;
         if constexpr (kTracking == Tracking::kMass) {
-            float const bound = exp2f(limit_ - (odd ? offset[1] : offset[0]));
-            float unused = 0.0f;
-            keep |= judge(part, Sum{}, [&](float mass, float) { return mass <= bound || limit_ == INFINITY; }, unused);
+            float const bound = exp2f(limit - (odd ? offset_[1] : offset_[0]));
+            return judge(mass_, Sum{}, [&](float mass, float) {
+                return mass <= (bound >= kTiny ? bound : kTiny) || limit == INFINITY;
+            });
         }
-        return keep;
+        return 0;
     }
 
     // After a row of the mask: the factor of the output rows and their natural LSE.
@@ -153,16 +145,24 @@ class Softmax {
             float sum = sum_[r] + __shfl_xor_sync(~0u, sum_[r], 1);
             sum += __shfl_xor_sync(~0u, sum, 2);
             factor[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
-            lse[r] = sum == 0.0f ? -INFINITY : base_[r] * scale_log2_ * kLn2 + logf(sum);
+            lse[r] = sum == 0.0f ? -INFINITY : offset_[r] * kLn2 + logf(sum);
         }
     }
 
   private:
+    // The rule `running_max` compares weights as they are packed, if those have the range of float: two at a time.
+    static constexpr bool kPackedMax = cute::is_same_v<Element, cutlass::bfloat16_t>;
+
+    struct Offsets {
+        float row[2];
+    };
+
     // Place of the i-th of 16 columns that a thread holds of a block.
     CUTLASS_DEVICE static constexpr int at(int block, int i, int row) {
         return i % 2 + 2 * row + 4 * (8 * block + i / 2);
     }
 
+    // Independent chains of work: two warps a scheduler hide no latency.
     template <class Body>
     CUTLASS_DEVICE static void for_all(Body body) {
         CUTLASS_PRAGMA_UNROLL
@@ -172,10 +172,86 @@ class Softmax {
         }
     }
 
+    // Raises the offsets to the largest scores seen. Returns the offsets of this tile: 0 where all scores are -inf.
+    template <class Scores>
+    CUTLASS_DEVICE Offsets raise(Scores const& scores, float (&rescale)[2]) {
+        float most[kBlocks][2];
+        for_all([&](int b, int r) { most[b][r] = scores(at(b, 0, r)); });
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 1; i < 16; ++i) {
+            for_all([&](int b, int r) { most[b][r] = Max{}(most[b][r], scores(at(b, i, r))); });
+        }
+        Offsets offsets;
+        CUTLASS_PRAGMA_UNROLL
+        for (int r = 0; r < 2; ++r) {
+            float largest = most[0][r];
+            CUTLASS_PRAGMA_UNROLL
+            for (int b = 1; b < kBlocks; ++b) { largest = Max{}(largest, most[b][r]); }
+            largest = Max{}(largest, __shfl_xor_sync(~0u, largest, 1));
+            largest = Max{}(largest, __shfl_xor_sync(~0u, largest, 2)) * scale_log2_;
+            bool const before = offset_[r] == offset_[r];
+            if (before) { largest = Max{}(largest, offset_[r]); }
+            rescale[r] = before ? exp2f(offset_[r] - largest) : 1.0f;
+            sum_[r] *= rescale[r];
+            offset_[r] = largest == -INFINITY ? NAN : largest;
+            offsets.row[r] = largest == -INFINITY ? 0.0f : largest;
+        }
+        if constexpr (kTracking == Tracking::kRunningMax) { largest_ *= threadIdx.x & 1 ? rescale[1] : rescale[0]; }
+        return offsets;
+    }
+
+    // Weights of the scores, and what the rules want to know of each block.
+    template <class Scores>
+    CUTLASS_DEVICE void exponents(Scores const& scores, Offsets const& offsets, uint32_t (&weights)[kBlocks * 16]) {
+        uint32_t pairs[kBlocks][2];
+        for_all([&](int b, int r) { most_[b][r] = mass_[b][r] = 0.0f; });
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            for_all([&](int b, int r) {
+                float const low = exp2f(scores(at(b, 2 * i, r)) * scale_log2_ - offsets.row[r]);
+                float const high = exp2f(scores(at(b, 2 * i + 1, r)) * scale_log2_ - offsets.row[r]);
+                mass_[b][r] += low;
+                mass_[b][r] += high;
+                uint32_t& pair = weights[at(b, 2 * i, r) / 2];
+                pair = pack(low, high, Element{});
+                if constexpr (kTracking == Tracking::kRunningMax) {
+                    if constexpr (kPackedMax) {
+                        pairs[b][r] = i == 0 ? pair : larger_pair(pairs[b][r], pair);
+                    } else {
+                        most_[b][r] = Max{}(Max{}(most_[b][r], low), high);
+                    }
+                }
+            });
+        }
+        if constexpr (kTracking == Tracking::kRunningMax && kPackedMax) {
+            for_all([&](int b, int r) {
+                most_[b][r] = Max{}(__uint_as_float(pairs[b][r] << 16), __uint_as_float(pairs[b][r] & 0xffff0000));
+            });
+        }
+    }
+
+    // Adds the tile to the rows' sums. For rows of which the rule `mass` cannot tell (no step before, or one that is out of the
+    // range of weights), a block counts for all unless all its scores are -inf.
+    template <class Scores>
+    CUTLASS_DEVICE void add(Scores const& scores) {
+        for_all([&](int b, int r) { sum_[r] += mass_[b][r]; });
+        if constexpr (kTracking == Tracking::kMass) {
+            bool const unsure[2] = {!(limit_[0] - offset_[0] >= -99.0f), !(limit_[1] - offset_[1] >= -99.0f)};
+            if (__any_sync(~0u, unsure[0] || unsure[1])) {
+                for_all([&](int b, int r) {
+                    bool nothing = true;
+                    CUTLASS_PRAGMA_UNROLL
+                    for (int i = 0; i < 16; ++i) { nothing = nothing && scores(at(b, i, r)) == -INFINITY; }
+                    if (unsure[r]) { mass_[b][r] = nothing ? 0.0f : INFINITY; }
+                });
+            }
+        }
+    }
+
     // Joins each block's parts over the quad and asks `agrees(joined, before)` in one lane for each row and block, where
-    // `before` joins what came before the block. Adds all blocks to `before`. Bits of the blocks that a row keeps.
+    // `before` joins what came before the block: odd lanes speak for the second row.
     template <class Join, class Agrees>
-    CUTLASS_DEVICE static uint32_t judge(float const (&part)[kBlocks][2], Join join, Agrees agrees, float& before) {
+    CUTLASS_DEVICE uint32_t judge(float const (&part)[kBlocks][2], Join join, Agrees agrees) {
         constexpr uint32_t kLowerLanes = 0x33333333;
         bool const upper = threadIdx.x & 2;
         uint32_t keep = 0;
@@ -185,25 +261,27 @@ class Softmax {
             float const mine = halve(
                 halve(part[b][0], part[b][1], 1, join), halve(part[b + 1][0], part[b + 1][1], 1, join), 2, join);
             float const theirs = __shfl_xor_sync(~0u, mine, 2);
-            uint32_t const against = ~__ballot_sync(~0u, agrees(mine, upper ? join(before, theirs) : before));
+            uint32_t const against = ~__ballot_sync(~0u, agrees(mine, upper ? join(largest_, theirs) : largest_));
             keep |= (against & kLowerLanes ? 1u << b : 0u) | (against & ~kLowerLanes ? 2u << b : 0u);
-            before = join(before, join(mine, theirs));
+            largest_ = join(largest_, join(mine, theirs));
         }
         if constexpr (kBlocks % 2 == 1) {
             constexpr int b = kBlocks - 1;
             float mine = halve(part[b][0], part[b][1], 1, join);
             mine = join(mine, __shfl_xor_sync(~0u, mine, 2));
-            keep |= __all_sync(~0u, agrees(mine, before)) ? 0u : 1u << b;
-            before = join(before, mine);
+            keep |= __all_sync(~0u, agrees(mine, largest_)) ? 0u : 1u << b;
+            largest_ = join(largest_, mine);
         }
         return keep;
     }
 
     float scale_log2_;
-    float base_[2];  // raw scores
-    float sum_[2];   // of this thread's columns
-    float max_;      // raw score, of the blocks before
-    float limit_;    // of the rule, log2 units
+    float offset_[2];         // log2 units; NaN before the first finite score
+    float sum_[2];            // of this thread's columns
+    float mass_[kBlocks][2];  // of this thread's columns in the last tile
+    float most_[kBlocks][2];  // largest weight among them
+    float limit_[2];          // of the rule: factor of the largest weight before, or log2 of a mass; inf past the end
+    float largest_;           // weight in this lane's row before, in units of its offset
 };
 
 }  // namespace lite_attention::sm90
