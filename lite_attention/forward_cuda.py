@@ -46,11 +46,14 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Arguments, results and meaning as `lite_attention.reference.forward`; bfloat16 and float16.
 
+    Decisions are those of the reference within rounding (of bfloat16, for ``running_max`` on bfloat16), but for blocks
+    more than 100 log2 units below the row's weights, which stay.
+
     Launches on the current stream and never waits. Allocates the results only, except for inputs that the GPU's
     copy engine cannot read, which are copied first: those not aligned to 16 bytes or with a dimension that is
     expanded or has a stride of no multiple of 16 bytes, those with a last dimension that is not contiguous, and those
-    whose head_dim is no multiple of 8, which are padded with zeros. The mask and lse_state are copied to and fro if
-    their last dimension is not contiguous.
+    whose head_dim is no multiple of 8, which are padded with zeros; the query also where scale is not positive. The
+    mask and lse_state are copied to and fro if their last dimension is not contiguous.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `check_supported` says.
@@ -58,6 +61,9 @@ def forward(
     """
     check_supported(query)
     batch, tokens_q, heads, head_dim = query.shape
+    if not scale > 0:
+        # The kernels scale maxima, which only a positive factor leaves maxima.
+        query, scale = (-query, -scale) if scale < 0 else (query * scale, 1.0)
     query, key, value = (_readable(tensor) for tensor in (query, key, value))
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     # One allocation for two: the last word is the counter from which the kernel's blocks draw their work.

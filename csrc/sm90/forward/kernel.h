@@ -241,10 +241,9 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         }
         warpgroup_commit_batch();
     };
-    auto say = [&](int slot, uint32_t stamp) {
-        if constexpr (kTracking != Tracking::kNone) {
-            uint32_t const keep = softmax.judge(stamp);
-            if (lane == 0) { shared.keep[slot][threadIdx.x / 32 - kWarpgroup / 32] = keep; }
+    auto say = [&](int slot, uint32_t keep) {
+        if (kTracking != Tracking::kNone && lane == 0) {
+            shared.keep[slot][threadIdx.x / 32 - kWarpgroup / 32] = keep;
         }
     };
 
@@ -294,12 +293,12 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
                 Barrier::wait(&shared.value_full[value_ring.index], value_ring.phase);
                 issue_pv();
                 pass_turn();
+                // Judging the tile before takes no time of its own while the products are under way.
+                say(slot, softmax.judge(*static_cast<uint32_t const volatile*>(&shared.zero)));
                 warpgroup_wait<0>();
                 warpgroup_fence_operand(scores);
                 warpgroup_fence_operand(out);
                 arrive(shared.key_empty[key_ring.index]);
-                // Judging the tile before hides behind the exponents of this one, once its scores are there.
-                say(slot, *static_cast<uint32_t const volatile*>(&shared.zero));
                 arrive(shared.value_empty[value_ring.index]);
                 slot = key_ring.slot();
                 key_ring.advance();
@@ -307,14 +306,15 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
                 if (step == work.steps - 1) { arrive(shared.query_empty[query_ring.index]); }
                 if (rows.causal) { hide(rows, visit, first_row, row, scores); }
                 float rescale[2];
-                if (softmax.step(scores, words, rescale)) {
+                bool const raised = softmax.step(scores, words, rescale);
+                if (raised) {
                     CUTLASS_PRAGMA_UNROLL
                     for (int i = 0; i < size(out); ++i) { out(i) *= rescale[i / 2 % 2]; }
                 }
             }
             Barrier::wait(&shared.value_full[value_ring.index], value_ring.phase);
             issue_pv();
-            say(slot, 0);
+            say(slot, softmax.judge(0));
             warpgroup_wait<0>();
             warpgroup_fence_operand(out);
             arrive(shared.value_empty[value_ring.index]);
