@@ -25,8 +25,8 @@ constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2;  // warpgroups, 64 queries each
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
-constexpr int kProducerRegisters = 40;
-constexpr int kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 32;
+constexpr int kConsumerRegisters = 240;
 
 // Named barriers (0 is __syncthreads): turn + i lets consumer i issue its matrix products.
 constexpr int kTurnBarrier = 1;
