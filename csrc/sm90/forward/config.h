@@ -25,8 +25,11 @@ constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2;  // warpgroups, 64 queries each
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
-constexpr int kProducerRegisters = 32;
-constexpr int kConsumerRegisters = 240;
+constexpr int kProducerRegisters = 40;
+constexpr int kConsumerRegisters = 232;
+// A block is launched with the same number for every thread; what the consumers add the producers must have given, or the
+// kernel waits for it for ever.
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (kConsumers + 1) * (65536 / kThreads / 8 * 8));
 
 // Named barriers (0 is __syncthreads): turn + i lets consumer i issue its matrix products.
 constexpr int kTurnBarrier = 1;

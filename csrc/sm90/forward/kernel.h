@@ -175,20 +175,6 @@ CUTLASS_DEVICE void hide(RowParams const& rows, Visit<kBlocks> const& visit, int
     }
 }
 
-// Reads shared memory in one lane for the whole warp: that lane also releases it.
-template <class T>
-CUTLASS_DEVICE T broadcast(T const& shared) {
-    constexpr int kWords = sizeof(T) / sizeof(int);
-    static_assert(sizeof(T) == kWords * sizeof(int));
-    T value;
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kWords; ++i) {
-        int const word = threadIdx.x % 32 == 0 ? reinterpret_cast<int const*>(&shared)[i] : 0;
-        reinterpret_cast<int*>(&value)[i] = __shfl_sync(~0u, word, 0);
-    }
-    return value;
-}
-
 template <class Config, Tracking kTracking>
 CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& shared) {
     using namespace cute;
@@ -265,7 +251,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
 
     while (true) {
         Barrier::wait(&shared.query_full[query_ring.index], query_ring.phase);
-        Work const work = broadcast(shared.work[query_ring.index]);
+        Work const work = shared.work[query_ring.index];
         if (work.tile < 0) { break; }
         int const first_row = work.tile * kTileQ + warpgroup * 64;
         int const row = work.tile * kTileQ + row_in_tile;
@@ -287,7 +273,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         mma_pv.accumulate_ = GMMA::ScaleOut::Zero;
         if (work.steps > 0) {
             Barrier::wait(&shared.key_full[key_ring.index], key_ring.phase);
-            Visit<kBlocks> visit = broadcast(shared.visit[key_ring.index]);
+            Visit<kBlocks> visit = shared.visit[key_ring.index];
             int slot = key_ring.slot();
             issue_qk();
             warpgroup_wait<0>();
@@ -300,7 +286,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
 
             for (int step = 1; step < work.steps; ++step) {
                 Barrier::wait(&shared.key_full[key_ring.index], key_ring.phase);
-                if (rows.causal) { visit = broadcast(shared.visit[key_ring.index]); }
+                if (rows.causal) { visit = shared.visit[key_ring.index]; }
                 take_turn();
                 warpgroup_fence_operand(weights);
                 issue_qk();
@@ -308,7 +294,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
                 issue_pv();
                 pass_turn();
                 // Judging the tile before takes no time of its own while the products are under way.
-                say(slot, softmax.judge(words, *static_cast<uint32_t const volatile*>(&shared.zero)));
+                say(slot, softmax.judge(*static_cast<uint32_t const volatile*>(&shared.zero)));
                 warpgroup_wait<0>();
                 warpgroup_fence_operand(scores);
                 warpgroup_fence_operand(out);
@@ -328,7 +314,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
             }
             Barrier::wait(&shared.value_full[value_ring.index], value_ring.phase);
             issue_pv();
-            say(slot, softmax.judge(words, 0));
+            say(slot, softmax.judge(0));
             warpgroup_wait<0>();
             warpgroup_fence_operand(out);
             arrive(shared.value_empty[value_ring.index]);

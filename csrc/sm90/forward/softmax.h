@@ -116,17 +116,9 @@ class Softmax {
         return raised;
     }
 
-    // Bits of the blocks of the last tile, which has these weights, that a row of this warp wants to keep. `stamp` is 0 to the
-    // caller, but the compiler sees that it depends on something, and does not move the work before that.
-    CUTLASS_DEVICE uint32_t judge(uint32_t const (&weights)[kBlocks * 16], uint32_t stamp) {
-        if constexpr (kTracking == Tracking::kRunningMax && kPackedMax) {
-            for_all([&](int b, int r) {
-                uint32_t pair = weights[at(b, 0, r) / 2] | stamp;
-                CUTLASS_PRAGMA_UNROLL
-                for (int i = 1; i < 8; ++i) { pair = larger_pair(pair, weights[at(b, 2 * i, r) / 2]); }
-                most_[b][r] = Max{}(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
-            });
-        }
+    // Bits of the blocks of the last tile that a row of this warp wants to keep. `stamp` is 0 to the caller, but the compiler sees
+    // that it depends on something, and does not move the work before that.
+    CUTLASS_DEVICE uint32_t judge(uint32_t stamp) {
         auto after_stamp = [&](float& part) { part = __uint_as_float(__float_as_uint(part) | stamp); };
         for_all([&](int b, int r) { after_stamp(kTracking == Tracking::kMass ? mass_[b][r] : most_[b][r]); });
         bool const odd = threadIdx.x & 1;
@@ -158,7 +150,7 @@ class Softmax {
     }
 
   private:
-    // The rule `running_max` compares weights as they are packed, two at a time, if those have the range of float.
+    // The rule `running_max` compares weights as they are packed, if those have the range of float: two at a time.
     static constexpr bool kPackedMax = cute::is_same_v<Element, cutlass::bfloat16_t>;
 
     struct Offsets {
@@ -211,6 +203,7 @@ class Softmax {
     // Weights of the scores, and what the rules want to know of each block.
     template <class Scores>
     CUTLASS_DEVICE void exponents(Scores const& scores, Offsets const& offsets, uint32_t (&weights)[kBlocks * 16]) {
+        uint32_t pairs[kBlocks][2];
         for_all([&](int b, int r) { most_[b][r] = mass_[b][r] = 0.0f; });
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 8; ++i) {
@@ -219,10 +212,20 @@ class Softmax {
                 float const high = exp2f(scores(at(b, 2 * i + 1, r)) * scale_log2_ - offsets.row[r]);
                 mass_[b][r] += low;
                 mass_[b][r] += high;
-                weights[at(b, 2 * i, r) / 2] = pack(low, high, Element{});
-                if constexpr (kTracking == Tracking::kRunningMax && !kPackedMax) {
-                    most_[b][r] = Max{}(Max{}(most_[b][r], low), high);
+                uint32_t& pair = weights[at(b, 2 * i, r) / 2];
+                pair = pack(low, high, Element{});
+                if constexpr (kTracking == Tracking::kRunningMax) {
+                    if constexpr (kPackedMax) {
+                        pairs[b][r] = i == 0 ? pair : larger_pair(pairs[b][r], pair);
+                    } else {
+                        most_[b][r] = Max{}(Max{}(most_[b][r], low), high);
+                    }
                 }
+            });
+        }
+        if constexpr (kTracking == Tracking::kRunningMax && kPackedMax) {
+            for_all([&](int b, int r) {
+                most_[b][r] = Max{}(__uint_as_float(pairs[b][r] << 16), __uint_as_float(pairs[b][r] & 0xffff0000));
             });
         }
     }
