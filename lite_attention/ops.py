@@ -1,5 +1,6 @@
 """The operators as PyTorch sees them: schemas, argument checks, CPU, CUDA and fake implementations."""
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -156,86 +157,39 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
 
 
-def _forward_cpu(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    lse_state: Tensor | None,
-    thresholds: Tensor | None,
-    must_visit: Tensor | None,
-    must_skip: Tensor | None,
-    scale: float,
-    causal: bool,
-    rule: str,
-) -> tuple[Tensor, Tensor]:
-    check_forward(query, key, value, mask, lse_state, thresholds, must_visit, must_skip, rule)
-    return forward_cpu.forward(
-        query,
-        key,
-        value,
-        mask,
-        lse_state,
-        thresholds,
-        must_visit,
-        must_skip,
-        scale,
-        causal,
-        check_rule(rule),
-    )
+def _checked(implementation: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """An implementation of ``forward`` behind the checks that are the same for all."""
+
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        lse_state: Tensor | None,
+        thresholds: Tensor | None,
+        must_visit: Tensor | None,
+        must_skip: Tensor | None,
+        scale: float,
+        causal: bool,
+        rule: str,
+    ) -> tuple[Tensor, Tensor]:
+        check_forward(query, key, value, mask, lse_state, thresholds, must_visit, must_skip, rule)
+        return implementation(
+            query, key, value, mask, lse_state, thresholds, must_visit, must_skip, scale, causal, check_rule(rule)
+        )
+
+    return forward
 
 
-def _forward_cuda(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    lse_state: Tensor | None,
-    thresholds: Tensor | None,
-    must_visit: Tensor | None,
-    must_skip: Tensor | None,
-    scale: float,
-    causal: bool,
-    rule: str,
-) -> tuple[Tensor, Tensor]:
-    check_forward(query, key, value, mask, lse_state, thresholds, must_visit, must_skip, rule)
-    return forward_cuda.forward(
-        query,
-        key,
-        value,
-        mask,
-        lse_state,
-        thresholds,
-        must_visit,
-        must_skip,
-        scale,
-        causal,
-        check_rule(rule),
-    )
-
-
-def _forward_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    lse_state: Tensor | None,
-    thresholds: Tensor | None,
-    must_visit: Tensor | None,
-    must_skip: Tensor | None,
-    scale: float,
-    causal: bool,
-    rule: str,
-) -> tuple[Tensor, Tensor]:
-    check_forward(query, key, value, mask, lse_state, thresholds, must_visit, must_skip, rule)
-    batch, tokens, heads, _ = query.shape
+def _forward_fake(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _head_dim = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     return out, torch.empty((batch, heads, tokens), dtype=torch.float32, device=query.device)
 
 
-library.impl("forward", _forward_cpu, "CPU")
-library.impl("forward", _forward_cuda, "CUDA")
-torch.library.register_fake("lite_attention::forward", _forward_fake, lib=library)
+library.impl("forward", _checked(forward_cpu.forward), "CPU")
+library.impl("forward", _checked(forward_cuda.forward), "CUDA")
+torch.library.register_fake("lite_attention::forward", _checked(_forward_fake), lib=library)
 
 
 def summaries_shape(key_cache: Tensor) -> tuple[int, int, int, int]:

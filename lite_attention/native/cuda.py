@@ -18,7 +18,6 @@ LIBRARY = Path(__file__).parent / "liblite_attention_cuda.so"
 CAPABILITY = (9, 0)
 """The compute capability, Hopper's, that the kernels are compiled for; they run on no other."""
 
-
 NOT_BUILT = "not built: at installation there was no CUDA compiler (nvcc), or it failed"
 
 
