@@ -18,6 +18,9 @@ constexpr int kBlockK = 64;  // keys that are skipped together
 
 namespace lite_attention::sm90 {
 
+// Blocks that hold so many tokens, or tiles that hold so many queries.
+CUTLASS_HOST_DEVICE constexpr int ceil_div(int count, int size) { return (count + size - 1) / size; }
+
 // What a pass notes for the next one.
 enum class Tracking : int { kNone = 0, kRunningMax = 1, kMass = 2 };
 
@@ -106,7 +109,7 @@ struct Visit {
 template <int kBlocks>
 struct LedgerEntry {
     int32_t* words;  // the row of the mask, null where it stays as it is
-    int block[kBlocks];
+    Visit<kBlocks> visit;
     bool first;   // of its row
     bool last;    // of its row
     bool forced;  // whether a block of the row stays in any case

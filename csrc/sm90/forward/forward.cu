@@ -80,7 +80,7 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
             kernel_params.value, value, params.tokens_k, params.kv_heads, params.batch, params.head_dim, kBlockK);
     if (!encoded) { return "the copy engine refuses a tensor: expected 16-byte aligned data and strides"; }
 
-    int const tiles = (params.tokens_q + kTileQ - 1) / kTileQ;
+    int const tiles = ceil_div(params.tokens_q, kTileQ);
     int const kv_group = params.heads / params.kv_heads;
     int64_t const head_bytes = 2 * sizeof(Element) * static_cast<int64_t>(params.tokens_k) * params.head_dim;
     int64_t const kv_heads = std::clamp<int64_t>(kGroupBytes / std::max<int64_t>(head_bytes, 1), 1, params.kv_heads);

@@ -33,7 +33,7 @@ struct KernelParams {
 using Barrier = cutlass::arch::ClusterBarrier;
 using CopyBarrier = cutlass::arch::ClusterTransactionBarrier;
 
-// Copies `rows` tokens from `token` on to a tile of `tile_rows` tokens, plane by plane; past the end come zeros.
+// Copies a box of tokens, from `token` on, to row `row` of a tile of kTileRows, plane by plane; past the end come zeros.
 template <class Config, int kTileRows>
 CUTLASS_DEVICE void copy_rows(
     CUtensorMap const& map, uint64_t* barrier, cute::TMA::CacheHintSm90 hint, typename Config::Element* tile, int row,
@@ -100,19 +100,21 @@ CUTLASS_DEVICE void produce(KernelParams const& params, SharedStorage<Config>& s
             for (int b = 0; b < Config::kBlocks; ++b) {
                 visit.block[b] = b < blocks ? walk.next() : -1;
                 // A missing block is read past the end: zeros, without traffic.
-                token[b] = (visit.block[b] >= 0 ? visit.block[b] : (rows.tokens_k + kBlockK - 1) / kBlockK) * kBlockK;
+                token[b] = (visit.block[b] >= 0 ? visit.block[b] : ceil_div(rows.tokens_k, kBlockK)) * kBlockK;
             }
-            Barrier::wait(&shared.key_empty[ring.index], ring.phase ^ 1);
-            if (leader) {
-                shared.visit[ring.index] = visit;
-                CopyBarrier::arrive_and_expect_tx(&shared.key_full[ring.index], kTileBytes);
+            auto copy_tile = [&](CUtensorMap const& map, uint64_t* full, Element* tiles) {
+                CopyBarrier::arrive_and_expect_tx(&full[ring.index], kTileBytes);
                 CUTLASS_PRAGMA_UNROLL
                 for (int b = 0; b < Config::kBlocks; ++b) {
                     copy_rows<Config, Config::kTileK>(
-                        params.key, &shared.key_full[ring.index], cute::TMA::CacheHintSm90::EVICT_LAST,
-                        shared.key + ring.index * Config::kTileK * Config::kHeadDim, b * kBlockK, token[b], kv_head,
-                        work.batch);
+                        map, &full[ring.index], cute::TMA::CacheHintSm90::EVICT_LAST,
+                        tiles + ring.index * Config::kTileK * Config::kHeadDim, b * kBlockK, token[b], kv_head, work.batch);
                 }
+            };
+            Barrier::wait(&shared.key_empty[ring.index], ring.phase ^ 1);
+            if (leader) {
+                shared.visit[ring.index] = visit;
+                copy_tile(params.key, shared.key_full, shared.key);
             }
             blocks = Config::kBlocks;
             Barrier::wait(&shared.value_empty[ring.index], ring.phase ^ 1);
@@ -121,20 +123,12 @@ CUTLASS_DEVICE void produce(KernelParams const& params, SharedStorage<Config>& s
                 if constexpr (kTracking != Tracking::kNone) {
                     LedgerEntry<Config::kBlocks>& entry = shared.ledger[ring.index];
                     entry.words = walk.words();
-                    CUTLASS_PRAGMA_UNROLL
-                    for (int b = 0; b < Config::kBlocks; ++b) { entry.block[b] = visit.block[b]; }
+                    entry.visit = visit;
                     entry.first = step == 0;
                     entry.last = step == work.steps - 1;
                     entry.forced = walk.forced();
                 }
-                CopyBarrier::arrive_and_expect_tx(&shared.value_full[ring.index], kTileBytes);
-                CUTLASS_PRAGMA_UNROLL
-                for (int b = 0; b < Config::kBlocks; ++b) {
-                    copy_rows<Config, Config::kTileK>(
-                        params.value, &shared.value_full[ring.index], cute::TMA::CacheHintSm90::EVICT_LAST,
-                        shared.value + ring.index * Config::kTileK * Config::kHeadDim, b * kBlockK, token[b], kv_head,
-                        work.batch);
-                }
+                copy_tile(params.value, shared.value_full, shared.value);
             }
             ring.advance();
             if (step == 0) { look_ahead(); }

@@ -46,17 +46,13 @@ struct ForwardParams {
     int tokens_k;
     int heads;
     int kv_heads;
-    int head_dim;
+    int head_dim;  // a multiple of 8 up to 256
 
     float scale;
     bool causal;
     Rule rule;
     DType dtype;
 };
-
-// Largest head_dim of the kernels, and the alignment that they ask of head_dim.
-constexpr int kMaxHeadDim = 256;
-constexpr int kHeadDimMultiple = 8;
 
 // Launches on `stream`, without allocation or synchronisation. Null on success, else what went wrong (static text).
 // Expects checked arguments: shapes that fit, at least one batch row, query and head; tokens_k may be 0.

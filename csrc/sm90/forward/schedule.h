@@ -50,7 +50,7 @@ CUTLASS_DEVICE int reach(RowParams const& params, int tile) {
         int const last_query = min((tile + 1) * kTileQ, params.tokens_q) - 1;
         tokens = max(0, min(tokens, last_query + 1 + params.tokens_k - params.tokens_q));
     }
-    return (tokens + kBlockK - 1) / kBlockK;
+    return ceil_div(tokens, kBlockK);
 }
 
 // What a walk begins with; fetched a row ahead, so that nothing waits for it.
@@ -78,12 +78,15 @@ class DenseWalk {
 // Walks the blocks that a row of the mask visits, from the last to the first. On the way it rewrites the mask: what
 // is visited becomes 0 until the Ledger says that it stays, but for what must be visited.
 class MaskWalk {
+    // The mask is read in chunks of a word a lane.
+    static constexpr int kChunkBlocks = 32 * 32;
+
   public:
     CUTLASS_DEVICE static void fetch(RowParams const& params, int row, Ahead& ahead) {
         locate(params, row, ahead.work);
         ahead.threshold = params.thresholds[ahead.work.batch];
-        int const blocks = (params.tokens_k + kBlockK - 1) / kBlockK;
-        int const word = (blocks - 1) / 1024 * 32 + static_cast<int>(threadIdx.x % 32);
+        int const blocks = ceil_div(params.tokens_k, kBlockK);
+        int const word = (blocks - 1) / kChunkBlocks * 32 + static_cast<int>(threadIdx.x % 32);
         ahead.words = word * 32 < blocks ? static_cast<uint32_t>(__ldcg(row_words(params, ahead.work) + word)) : 0u;
     }
 
@@ -92,12 +95,12 @@ class MaskWalk {
           must_visit_(params.must_visit),
           must_skip_(params.must_skip),
           blocks_(reach(params, ahead.work.tile)),
-          all_blocks_((params.tokens_k + kBlockK - 1) / kBlockK),
+          all_blocks_(ceil_div(params.tokens_k, kBlockK)),
           lane_(threadIdx.x % 32),
           last_words_(ahead.words),
           threshold_(ahead.threshold),
           dense_(ahead.threshold == -INFINITY) {
-        chunk_ = (all_blocks_ + 1023) / 1024;
+        chunk_ = ceil_div(all_blocks_, kChunkBlocks);
         if (dense_) {
             visits_ = blocks_;
             return;
@@ -162,7 +165,7 @@ class MaskWalk {
                work.tile * params.mask_tile_stride;
     }
     CUTLASS_DEVICE uint32_t mask_word(int word) const {
-        if (word / 32 == (all_blocks_ - 1) / 1024) { return last_words_; }
+        if (word / 32 == (all_blocks_ - 1) / kChunkBlocks) { return last_words_; }
         return static_cast<uint32_t>(__ldcg(words_ + word));
     }
     CUTLASS_DEVICE uint32_t must_visit_word(int word) const {
@@ -224,13 +227,13 @@ class Ledger {
         kept |= kept >> 16;
         kept |= kept >> 8;
         if (entry.first) {
-            first_block_ = entry.block[0];
+            first_block_ = entry.visit.block[0];
             any_ = entry.forced;
             if (kTracking == Tracking::kRunningMax) { kept |= 1; }
         }
         CUTLASS_PRAGMA_UNROLL
         for (int b = 0; b < kBlocks; ++b) {
-            if (entry.block[b] >= 0 && kept >> b & 1) { note(entry.words, entry.block[b]); }
+            if (entry.visit.block[b] >= 0 && kept >> b & 1) { note(entry.words, entry.visit.block[b]); }
         }
         if (entry.last) {
             if (!any_) { note(entry.words, first_block_); }
