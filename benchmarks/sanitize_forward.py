@@ -51,6 +51,7 @@ CASES = (
     Case("dense"),
     Case("dense causal", causal=True),
     Case("dense ragged, grouped", 129, 333, 2, 4, 2),
+    Case("dense with many keys", 256, 8210, 1, 1, 1),
     Case("running_max", rule="running_max"),
     Case("mass", rule="mass"),
     Case("running_max causal, ragged", 200, 333, rule="running_max", causal=True),

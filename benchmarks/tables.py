@@ -94,7 +94,8 @@ def forward_sparse(result: dict[str, Any]) -> str:
 def _shape(row: dict[str, Any]) -> str:
     """Two cells: head size, and tokens × heads."""
     batch = f"{row['batch']} × " if row["batch"] > 1 else ""
-    return f"{row['head_dim']} | {batch}{row['tokens']:,} × {row['heads']}" + (" causal" if row["causal"] else "")
+    more = (" causal" if row["causal"] else "") + (f", scores spread {row['spread']}" if row["spread"] > 1 else "")
+    return f"{row['head_dim']} | {batch}{row['tokens']:,} × {row['heads']}{more}"
 
 
 def _times(speed: float | None) -> str:

@@ -28,25 +28,34 @@ constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2;  // warpgroups, 64 queries each
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
-constexpr int kProducerRegisters = 40;
-constexpr int kConsumerRegisters = 232;
-// A block is launched with the same number for every thread; what the consumers add the producers must have given, or the
-// kernel waits for it for ever.
-static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (kConsumers + 1) * (65536 / kThreads / 8 * 8));
+// Product tiles that are planned ahead: enough to hide what it takes to begin a row of the mask.
+constexpr int kSteps = 8;
 
 // Named barriers (0 is __syncthreads): turn + i lets consumer i issue its matrix products.
 constexpr int kTurnBarrier = 1;
 
-template <int kHeadDim_, class Element_>
+// A kernel. `kPaired_`: two thread blocks (a cluster) work side by side on tiles of queries that visit the same key blocks, and
+// each fetches half of every block for both. That saves power, and with it time, but each waits for the other.
+template <int kHeadDim_, class Element_, Tracking kTracking_, bool kPaired_>
 struct Config {
     using Element = Element_;
     static constexpr int kHeadDim = kHeadDim_;
+    static constexpr Tracking kTracking = kTracking_;
+    static constexpr bool kPaired = kPaired_;
+    static_assert(!kPaired || kTracking == Tracking::kNone);
+    static constexpr int kCluster = kPaired ? 2 : 1;
 
     // Blocks that one product tile gathers, and tiles in flight.
-    static constexpr int kBlocks = kHeadDim <= 64 ? 3 : kHeadDim <= 128 ? 2 : 1;
+    static constexpr int kBlocks = kHeadDim <= 64 || kPaired ? 3 : kHeadDim <= 128 ? 2 : 1;
     static constexpr int kTileK = kBlocks * kBlockK;
     static constexpr int kStages = kHeadDim == 192 ? 3 : 2;
-    static constexpr int kQueryStages = kHeadDim <= 128 ? 2 : 1;
+    static constexpr int kQueryStages = kHeadDim <= 128 && !kPaired ? 2 : 1;
+
+    static constexpr int kProducerRegisters = kPaired ? 24 : 40;
+    static constexpr int kConsumerRegisters = kPaired ? 240 : 232;
+    // A block is launched with the same number for every thread; what the consumers add the producers must have given, or the
+    // kernel waits for it for ever.
+    static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (kConsumers + 1) * (65536 / kThreads / 8 * 8));
 
     // Shared memory holds each tile as planes of kPlane channels, one swizzled row of a plane a token.
     static constexpr int kPlane = kHeadDim % 64 == 0 ? 64 : 32;
@@ -72,13 +81,19 @@ struct Config {
         cute::Step<cute::_2, cute::_1, cute::_3>{}));
 
     using Warpgroups = cute::Layout<cute::Shape<cute::Int<kConsumers>, cute::_1, cute::_1>>;
-    using MmaQK = decltype(cute::make_tiled_mma(
-        cute::GMMA::ss_op_selector<
-            Element,
-            Element,
-            float,
-            cute::Shape<cute::Int<kTileQ>, cute::Int<kTileK>, cute::Int<kHeadDim>>>(),
-        Warpgroups{}));
+    // Queries wait in registers where there is room: what shared memory need not deliver again for every tile is power saved.
+    static constexpr bool kQueryInRegisters =
+        64 < kHeadDim && kHeadDim <= 128 && !kPaired && kTracking == Tracking::kNone;
+    static constexpr auto atom_qk() {
+        using namespace cute::GMMA;
+        using Shape = cute::Shape<cute::Int<kTileQ>, cute::Int<kTileK>, cute::Int<kHeadDim>>;
+        if constexpr (kQueryInRegisters) {
+            return rs_op_selector<Element, Element, float, Shape, Major::K, Major::K>();
+        } else {
+            return ss_op_selector<Element, Element, float, Shape>();
+        }
+    }
+    using MmaQK = decltype(cute::make_tiled_mma(atom_qk(), Warpgroups{}));
     using MmaPV = decltype(cute::make_tiled_mma(
         cute::GMMA::rs_op_selector<
             Element,
@@ -88,14 +103,17 @@ struct Config {
             cute::GMMA::Major::K,
             cute::GMMA::Major::MN>(),
         Warpgroups{}));
+
+    // Tokens of a block that a thread block fetches.
+    static constexpr int kBoxK = kBlockK / kCluster;
 };
 
-// A row of the skip mask on its way from the producer to the consumers.
+// A row of the skip mask.
 struct Work {
     int tile;  // of queries; -1: no work is left
     int head;
     int batch;
-    int steps;        // product tiles to visit
+    int steps;        // product tiles to visit, at least one
     float threshold;  // -inf: ordinary attention, the state stays as it is
 };
 
@@ -105,14 +123,38 @@ struct Visit {
     int block[kBlocks];
 };
 
-// A product tile that the producer has yet to settle in the mask.
+// A product tile from its plan to the writing of what becomes of its blocks.
 template <int kBlocks>
-struct LedgerEntry {
-    int32_t* words;  // the row of the mask, null where it stays as it is
+struct Step {
+    Work work;  // of the row's first step
     Visit<kBlocks> visit;
-    bool first;   // of its row
-    bool last;    // of its row
-    bool forced;  // whether a block of the row stays in any case
+    int32_t* words;  // the row of the mask, null where it stays as it is
+    bool first;      // of its row
+    bool last;       // of its row
+    bool forced;     // whether a block of the row stays in any case
+    // Bits of the blocks that each consumer warp wants to keep.
+    alignas(8) uint8_t keep[kConsumerWarps];
+};
+
+// The barriers of a ring of stages. The n-th use of the ring is at place n modulo kStages; one side fills it, the other empties
+// it. Those who wait count for themselves.
+template <int kStages>
+struct Ring {
+    uint64_t full[kStages];
+    uint64_t empty[kStages];
+
+    CUTLASS_DEVICE static int place(uint32_t n) { return n % kStages; }
+    CUTLASS_DEVICE void wait_full(uint32_t n) { cutlass::arch::ClusterBarrier::wait(&full[place(n)], n / kStages & 1); }
+    // Until the use before, kStages ago, is over.
+    CUTLASS_DEVICE void wait_empty(uint32_t n) { cutlass::arch::ClusterBarrier::wait(&empty[place(n)], n / kStages & 1 ^ 1); }
+
+    // How many arrivals fill a stage, and how many empty it.
+    CUTLASS_DEVICE void init(int fills, int empties) {
+        for (int i = 0; i < kStages; ++i) {
+            cutlass::arch::ClusterBarrier::init(&full[i], fills);
+            cutlass::arch::ClusterBarrier::init(&empty[i], empties);
+        }
+    }
 };
 
 template <class Config>
@@ -122,39 +164,14 @@ struct SharedStorage {
     alignas(1024) Element key[Config::kStages * Config::kTileK * Config::kHeadDim];
     alignas(1024) Element value[Config::kStages * Config::kTileK * Config::kHeadDim];
 
-    uint64_t query_full[Config::kQueryStages];
-    uint64_t query_empty[Config::kQueryStages];
-    uint64_t key_full[Config::kStages];
-    uint64_t key_empty[Config::kStages];
-    uint64_t value_full[Config::kStages];
-    uint64_t value_empty[Config::kStages];
+    Ring<Config::kQueryStages> queries;
+    Ring<Config::kStages> keys;
+    Ring<Config::kStages> values;
 
-    Work work[Config::kQueryStages];                // travels with the query
-    Visit<Config::kBlocks> visit[Config::kStages];  // travels with the keys
-
-    // Which blocks of a product tile each consumer warp wants to keep. It travels back to the producer with the release of
-    // the values; a consumer may by then be at the tile that takes the same stage next.
-    alignas(8) uint8_t keep[2 * Config::kStages][kConsumerWarps];
-    LedgerEntry<Config::kBlocks> ledger[Config::kStages];
+    // Planned by one warp, released by the thread that fetches; in between the consumers read and answer them.
+    Step<Config::kBlocks> step[kSteps];
+    Ring<kSteps> steps;
     uint32_t zero;  // see Softmax::judge
-};
-
-// A place in a ring of stages, and the parity of the round.
-template <int kStages>
-struct RingPosition {
-    int index = 0;
-    uint32_t phase = 0;
-
-    // Place in a ring of twice as many.
-    CUTLASS_DEVICE int slot() const { return index + (phase ? kStages : 0); }
-    CUTLASS_DEVICE int previous_slot() const { return index + (phase ? 0 : kStages); }
-
-    CUTLASS_DEVICE void advance() {
-        if (++index == kStages) {
-            index = 0;
-            phase ^= 1;
-        }
-    }
 };
 
 }  // namespace lite_attention::sm90

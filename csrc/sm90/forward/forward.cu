@@ -59,14 +59,9 @@ int processors() {
     return count;
 }
 
-}  // namespace
-
-template <int kHeadDim, bool kBFloat16, int kTracking>
+template <class Config>
 char const* launch(ForwardParams const& params, cudaStream_t stream) {
-    using Element = cute::conditional_t<kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
-    using Config = Config<kHeadDim, Element>;
-    if (tensor_map_encoder() == nullptr) { return "the CUDA driver is too old: it has no tensor maps"; }
-
+    using Element = typename Config::Element;
     // No key: the maps of keys and values are never used, but must be there.
     TensorView const& key = params.tokens_k > 0 ? params.key : params.query;
     TensorView const& value = params.tokens_k > 0 ? params.value : params.query;
@@ -75,12 +70,14 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
         encode<Config>(
             kernel_params.query, params.query, params.tokens_q, params.heads, params.batch, params.head_dim, kTileQ) &&
         encode<Config>(
-            kernel_params.key, key, params.tokens_k, params.kv_heads, params.batch, params.head_dim, kBlockK) &&
+            kernel_params.key, key, params.tokens_k, params.kv_heads, params.batch, params.head_dim, Config::kBoxK) &&
         encode<Config>(
-            kernel_params.value, value, params.tokens_k, params.kv_heads, params.batch, params.head_dim, kBlockK);
+            kernel_params.value, value, params.tokens_k, params.kv_heads, params.batch, params.head_dim, Config::kBoxK) &&
+        encode<Config>(
+            kernel_params.out, params.out, params.tokens_q, params.heads, params.batch, params.head_dim, kTileQ / kConsumerWarps);
     if (!encoded) { return "the copy engine refuses a tensor: expected 16-byte aligned data and strides"; }
 
-    int const tiles = ceil_div(params.tokens_q, kTileQ);
+    int const tiles = ceil_div(params.tokens_q, kTileQ * Config::kCluster);
     int const kv_group = params.heads / params.kv_heads;
     int64_t const head_bytes = 2 * sizeof(Element) * static_cast<int64_t>(params.tokens_k) * params.head_dim;
     int64_t const kv_heads = std::clamp<int64_t>(kGroupBytes / std::max<int64_t>(head_bytes, 1), 1, params.kv_heads);
@@ -100,27 +97,55 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
         params.batch,
         static_cast<int>(kv_heads) * kv_group,
         params.causal};
-    kernel_params.out = params.out;
     kernel_params.lse = params.lse;
     kernel_params.lse_state = params.lse_state;
     kernel_params.lse_state_batch_stride = params.lse_state_batch_stride;
     kernel_params.lse_state_head_stride = params.lse_state_head_stride;
     kernel_params.kv_group = kv_group;
-    kernel_params.head_dim = params.head_dim;
     kernel_params.scale_log2 = params.scale * kLog2E;
 
-    auto const kernel = forward_kernel<Config, static_cast<Tracking>(kTracking)>;
+    auto const kernel = forward_kernel<Config>;
     constexpr int kSharedBytes = sizeof(SharedStorage<Config>);
     static_assert(kSharedBytes <= 227 * 1024);
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-    if (error == cudaSuccess) { error = cudaMemsetAsync(params.counter, 0, sizeof(int), stream); }
+    if (error == cudaSuccess && !Config::kPaired) {
+        error = cudaMemsetAsync(params.counter, 0, sizeof(int), stream);
+    }
     if (error == cudaSuccess) {
         int64_t const rows = static_cast<int64_t>(tiles) * params.heads * params.batch;
-        int const blocks = static_cast<int>(std::min<int64_t>(rows, processors()));
-        kernel<<<blocks, kThreads, kSharedBytes, stream>>>(kernel_params);
-        error = cudaGetLastError();
+        cudaLaunchAttribute cluster{};
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim = {Config::kCluster, 1, 1};
+        cudaLaunchConfig_t config{};
+        config.gridDim = static_cast<unsigned>(std::min<int64_t>(rows, processors() / Config::kCluster)) * Config::kCluster;
+        config.blockDim = kThreads;
+        config.dynamicSmemBytes = kSharedBytes;
+        config.stream = stream;
+        config.attrs = &cluster;
+        config.numAttrs = 1;
+        error = cudaLaunchKernelEx(&config, kernel, kernel_params);
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Whether pairs of thread blocks are faster: there is much to fetch, both have the same to do, and hardly a tile of queries is
+// left without a partner. Measured at 4,096 and 16,384 keys (docs/kernel-notes.md).
+bool pays_paired(ForwardParams const& params) {
+    int const tiles = ceil_div(params.tokens_q, kTileQ);
+    return params.tokens_k >= 8192 && !params.causal && (tiles % 2 == 0 || tiles >= 32);
+}
+
+}  // namespace
+
+template <int kHeadDim, bool kBFloat16, int kTracking>
+char const* launch(ForwardParams const& params, cudaStream_t stream) {
+    using Element = cute::conditional_t<kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
+    constexpr auto kWhat = static_cast<Tracking>(kTracking);
+    if (tensor_map_encoder() == nullptr) { return "the CUDA driver is too old: it has no tensor maps"; }
+    if constexpr (kWhat == Tracking::kNone && 64 < kHeadDim && kHeadDim <= 128) {
+        if (pays_paired(params)) { return launch<Config<kHeadDim, Element, kWhat, true>>(params, stream); }
+    }
+    return launch<Config<kHeadDim, Element, kWhat, false>>(params, stream);
 }
 
 template char const* launch<LITE_HEAD_DIM, LITE_BFLOAT16, 0>(ForwardParams const&, cudaStream_t);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The forward kernel: one producer warp gathers the key blocks that a row of the mask visits into product tiles, two
-// consumer warpgroups take turns at the tensor cores and overlap each other's softmax, as the FlashAttention-3 paper
-// (Shah et al. 2024, section 3) describes for dense attention.
+// The forward kernel: one warp plans which key blocks a row of the mask visits, one thread has them gathered into product
+// tiles, two consumer warpgroups take turns at the tensor cores and overlap each other's softmax, as the FlashAttention-3
+// paper (Shah et al. 2024, section 3) describes for dense attention.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -19,133 +19,98 @@ struct KernelParams {
     CUtensorMap query;
     CUtensorMap key;
     CUtensorMap value;
+    CUtensorMap out;
     RowParams rows;
-    TensorView out;
     float* lse;
     float* lse_state;
     int64_t lse_state_batch_stride;
     int64_t lse_state_head_stride;
     int kv_group;  // query heads of a key head
-    int head_dim;
     float scale_log2;
 };
 
 using Barrier = cutlass::arch::ClusterBarrier;
 using CopyBarrier = cutlass::arch::ClusterTransactionBarrier;
 
-// Copies a box of tokens, from `token` on, to row `row` of a tile of kTileRows, plane by plane; past the end come zeros.
-template <class Config, int kTileRows>
+// A token that no tensor has: what is read there are zeros, without traffic.
+constexpr int kPastTheEnd = 1 << 30;
+
+// Copies a box of tokens, from `token` on, to row `row` of a tile of kTileRows, plane by plane; past the end come zeros. The
+// tiles and barriers of kReceivers thread blocks of the cluster get the same.
+template <class Config, int kTileRows, int kReceivers>
 CUTLASS_DEVICE void copy_rows(
     CUtensorMap const& map, uint64_t* barrier, cute::TMA::CacheHintSm90 hint, typename Config::Element* tile, int row,
     int token, int head, int batch) {
     CUTLASS_PRAGMA_UNROLL
     for (int plane = 0; plane < Config::kPlanes; ++plane) {
-        cute::SM90_TMA_LOAD_4D::copy(
-            &map, barrier, static_cast<uint64_t>(hint), tile + (plane * kTileRows + row) * Config::kPlane,
-            plane * Config::kPlane, token, head, batch);
+        auto* const to = tile + (plane * kTileRows + row) * Config::kPlane;
+        int const channel = plane * Config::kPlane;
+        if constexpr (kReceivers == 1) {
+            cute::SM90_TMA_LOAD_4D::copy(
+                &map, barrier, static_cast<uint64_t>(hint), to, channel, token, head, batch);
+        } else {
+            cute::SM90_TMA_LOAD_MULTICAST_4D::copy(
+                &map, barrier, (1 << kReceivers) - 1, static_cast<uint64_t>(hint), to, channel, token, head, batch);
+        }
     }
 }
 
-template <class Config, Tracking kTracking>
-CUTLASS_DEVICE void produce(KernelParams const& params, SharedStorage<Config>& shared) {
-    using Walk = cute::conditional_t<kTracking == Tracking::kNone, DenseWalk, MaskWalk>;
+// Has the copy engine gather queries, keys and values as planned. Runs in one thread.
+template <class Config>
+CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& shared) {
     using Element = typename Config::Element;
     constexpr uint32_t kQueryBytes = kTileQ * Config::kHeadDim * sizeof(Element);
     constexpr uint32_t kTileBytes = Config::kTileK * Config::kHeadDim * sizeof(Element);
-    RowParams const& rows = params.rows;
-    bool const leader = threadIdx.x % 32 == 0;
-    int const total = rows.tiles * rows.heads * rows.batch;
+    int const part = blockIdx.x % Config::kCluster * Config::kBoxK;
 
-    RingPosition<Config::kQueryStages> query;
-    RingPosition<Config::kStages> ring;
-    Ledger<kTracking, Config::kBlocks> ledger;
-    // The tile that had this stage a round ago.
-    auto settle = [&] {
-        if constexpr (kTracking != Tracking::kNone) {
-            if (leader) { ledger.settle(shared.ledger[ring.index], shared.keep[ring.previous_slot()]); }
-        }
+    uint32_t row = 0;
+    uint32_t n = 0;  // of the step
+    // Waits for the step that had this place among the values before, and releases it.
+    auto release = [&] {
+        shared.values.wait_empty(n);
+        if (n >= Config::kStages) { Barrier::arrive(&shared.steps.empty[shared.steps.place(n - Config::kStages)]); }
     };
-    int row = blockIdx.x;
-    Ahead ahead;
-    int taken = leader ? atomicAdd(rows.counter, 1) : 0;
-    auto look_ahead = [&] {
-        row = __shfl_sync(~0u, taken, 0) + gridDim.x;
-        taken = leader ? atomicAdd(rows.counter, 1) : 0;
-        if (row < total) { Walk::fetch(rows, row, ahead); }
-    };
-    if (row < total) { Walk::fetch(rows, row, ahead); }
-    while (row < total) {
-        Work work = ahead.work;
-        Walk walk(rows, ahead);
-        work.steps = (walk.visits() + Config::kBlocks - 1) / Config::kBlocks;
-        work.threshold = walk.threshold();
-
-        Barrier::wait(&shared.query_empty[query.index], query.phase ^ 1);
-        if (leader) {
-            shared.work[query.index] = work;
-            CopyBarrier::arrive_and_expect_tx(&shared.query_full[query.index], kQueryBytes);
-            copy_rows<Config, kTileQ>(
-                params.query, &shared.query_full[query.index], cute::TMA::CacheHintSm90::EVICT_FIRST,
-                shared.query + query.index * kTileQ * Config::kHeadDim, 0, work.tile * kTileQ, work.head, work.batch);
+    for (;; ++n) {
+        shared.steps.wait_full(n);
+        Step<Config::kBlocks> const& step = shared.step[shared.steps.place(n)];
+        Work const work = step.work;
+        if (step.first) {
+            shared.queries.wait_empty(row);
+            int const place = shared.queries.place(row);
+            uint64_t* const full = &shared.queries.full[place];
+            if (work.tile < 0) {
+                Barrier::arrive(full);
+                break;
+            }
+            CopyBarrier::arrive_and_expect_tx(full, kQueryBytes);
+            copy_rows<Config, kTileQ, 1>(
+                params.query, full, cute::TMA::CacheHintSm90::EVICT_FIRST,
+                shared.query + place * kTileQ * Config::kHeadDim, 0, work.tile * kTileQ, work.head, work.batch);
+            ++row;
         }
-        query.advance();
-
+        int const place = shared.keys.place(n);
         int const kv_head = work.head / params.kv_group;
-        // The first tile holds what is over, so that only there something is hidden (but for causal rows).
-        int blocks = walk.visits() - (work.steps - 1) * Config::kBlocks;
-        for (int step = 0; step < work.steps; ++step) {
-            Visit<Config::kBlocks> visit;
-            int token[Config::kBlocks];
+        int token[Config::kBlocks];
+        CUTLASS_PRAGMA_UNROLL
+        for (int b = 0; b < Config::kBlocks; ++b) {
+            int const block = step.visit.block[b];
+            token[b] = block >= 0 ? block * kBlockK + part : kPastTheEnd;
+        }
+        auto copy_tile = [&](CUtensorMap const& map, uint64_t* full, Element* tiles) {
+            CopyBarrier::arrive_and_expect_tx(full, kTileBytes);
             CUTLASS_PRAGMA_UNROLL
             for (int b = 0; b < Config::kBlocks; ++b) {
-                visit.block[b] = b < blocks ? walk.next() : -1;
-                // A missing block is read past the end: zeros, without traffic.
-                token[b] = (visit.block[b] >= 0 ? visit.block[b] : ceil_div(rows.tokens_k, kBlockK)) * kBlockK;
+                copy_rows<Config, Config::kTileK, Config::kCluster>(
+                    map, full, cute::TMA::CacheHintSm90::EVICT_LAST, tiles + place * Config::kTileK * Config::kHeadDim,
+                    b * kBlockK + part, token[b], kv_head, work.batch);
             }
-            auto copy_tile = [&](CUtensorMap const& map, uint64_t* full, Element* tiles) {
-                CopyBarrier::arrive_and_expect_tx(&full[ring.index], kTileBytes);
-                CUTLASS_PRAGMA_UNROLL
-                for (int b = 0; b < Config::kBlocks; ++b) {
-                    copy_rows<Config, Config::kTileK>(
-                        map, &full[ring.index], cute::TMA::CacheHintSm90::EVICT_LAST,
-                        tiles + ring.index * Config::kTileK * Config::kHeadDim, b * kBlockK, token[b], kv_head, work.batch);
-                }
-            };
-            Barrier::wait(&shared.key_empty[ring.index], ring.phase ^ 1);
-            if (leader) {
-                shared.visit[ring.index] = visit;
-                copy_tile(params.key, shared.key_full, shared.key);
-            }
-            blocks = Config::kBlocks;
-            Barrier::wait(&shared.value_empty[ring.index], ring.phase ^ 1);
-            settle();
-            if (leader) {
-                if constexpr (kTracking != Tracking::kNone) {
-                    LedgerEntry<Config::kBlocks>& entry = shared.ledger[ring.index];
-                    entry.words = walk.words();
-                    entry.visit = visit;
-                    entry.first = step == 0;
-                    entry.last = step == work.steps - 1;
-                    entry.forced = walk.forced();
-                }
-                copy_tile(params.value, shared.value_full, shared.value);
-            }
-            ring.advance();
-            if (step == 0) { look_ahead(); }
-        }
-        if (work.steps == 0) { look_ahead(); }
-        walk.finish();
+        };
+        shared.keys.wait_empty(n);
+        copy_tile(params.key, &shared.keys.full[place], shared.key);
+        release();
+        copy_tile(params.value, &shared.values.full[place], shared.value);
     }
-    for (int i = 0; i < Config::kStages; ++i) {
-        Barrier::wait(&shared.value_empty[ring.index], ring.phase ^ 1);
-        settle();
-        ring.advance();
-    }
-    Barrier::wait(&shared.query_empty[query.index], query.phase ^ 1);
-    if (leader) {
-        shared.work[query.index].tile = -1;
-        Barrier::arrive(&shared.query_full[query.index]);
-    }
+    for (int i = 0; i < Config::kStages; ++i, ++n) { release(); }
 }
 
 // Hides the keys that a query does not attend: past the end, past its place in a causal row, or of no block at all.
@@ -169,16 +134,34 @@ CUTLASS_DEVICE void hide(RowParams const& rows, Visit<kBlocks> const& visit, int
     }
 }
 
-template <class Config, Tracking kTracking>
+// Reads shared memory in one lane for the whole warp: the lane that also releases it.
+template <class T>
+CUTLASS_DEVICE T broadcast(T const& shared) {
+    constexpr int kWords = sizeof(T) / sizeof(int);
+    static_assert(sizeof(T) == kWords * sizeof(int));
+    T value;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kWords; ++i) {
+        int const word = threadIdx.x % 32 == 0 ? reinterpret_cast<int const*>(&shared)[i] : 0;
+        reinterpret_cast<int*>(&value)[i] = __shfl_sync(~0u, word, 0);
+    }
+    return value;
+}
+
+template <class Config>
 CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& shared) {
     using namespace cute;
     using Element = typename Config::Element;
+    constexpr Tracking kTracking = Config::kTracking;
     constexpr int kBlocks = Config::kBlocks;
+    // Steps after the first in which a causal tile may hide keys.
+    constexpr int kCausalSteps = ceil_div(kTileQ / kBlockK, kBlocks);
     RowParams const& rows = params.rows;
     int const warpgroup = cutlass::canonical_warp_group_idx() - 1;
+    int const warp = threadIdx.x / 32 - kWarpgroup / 32;
     int const lane = threadIdx.x % 32;
     // Place in the tile of the first of this thread's two queries.
-    int const row_in_tile = (threadIdx.x / 32 - kWarpgroup / 32) * 16 + lane / 4;
+    int const row_in_tile = warp * 16 + lane / 4;
 
     Tensor query = make_tensor(make_smem_ptr(shared.query), typename Config::LayoutQ{});
     Tensor key = make_tensor(make_smem_ptr(shared.key), typename Config::LayoutK{});
@@ -188,7 +171,13 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     // Descriptors depend on the warpgroup alone.
     auto const slice_qk = mma_qk.get_slice(warpgroup * kWarpgroup);
     auto const slice_pv = mma_pv.get_slice(warpgroup * kWarpgroup);
-    Tensor q = slice_qk.partition_fragment_A(query);
+    Tensor q = [&] {
+        if constexpr (Config::kQueryInRegisters) {
+            return make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Config::kHeadDim / 16>, _1>>{});
+        } else {
+            return slice_qk.partition_fragment_A(query);
+        }
+    }();
     Tensor k = slice_qk.partition_fragment_B(key);
     Tensor v = slice_pv.partition_fragment_B(value);
     Tensor scores = partition_fragment_C(mma_qk, Shape<Int<kTileQ>, Int<Config::kTileK>>{});
@@ -200,13 +189,21 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     auto& words = *reinterpret_cast<uint32_t(*)[kBlocks * 16]>(raw_pointer_cast(weights.data()));
 
     Softmax<kTracking, kBlocks, Element> softmax(params.scale_log2);
-    RingPosition<Config::kQueryStages> query_ring;
-    RingPosition<Config::kStages> key_ring;
-    RingPosition<Config::kStages> value_ring;
+    uint32_t n_row = 0;
+    uint32_t n = 0;  // of the step
 
     auto arrive = [&](uint64_t& barrier) {
         __syncwarp();
         if (lane == 0) { Barrier::arrive(&barrier); }
+    };
+    // Tells the other thread block of a pair too: its copies come here as well.
+    auto arrive_everywhere = [&](uint64_t& barrier) {
+        if constexpr (Config::kPaired) {
+            __syncwarp();
+            Barrier::arrive(&barrier, (blockIdx.x + lane) % Config::kCluster, lane < Config::kCluster);
+        } else {
+            arrive(barrier);
+        }
     };
     auto take_turn = [&] {
         cutlass::arch::NamedBarrier::sync(kConsumers * kWarpgroup, kTurnBarrier + warpgroup);
@@ -214,38 +211,51 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     auto pass_turn = [&] {
         cutlass::arch::NamedBarrier::arrive(kConsumers * kWarpgroup, kTurnBarrier + (warpgroup ^ 1));
     };
+    // Four matrices of 8 by 8 of this warp's queries, or of the output that takes their place: rows from 0 and 8, channels from
+    // 16 i and 16 i + 8. Each lane points to one of their rows.
+    auto matrices = [&](int i) -> uint128_t& {
+        return reinterpret_cast<uint128_t&>(query(warp * 16 + lane % 16, 16 * i + lane / 16 * 8, shared.queries.place(n_row)));
+    };
+    auto load_query = [&] {
+        if constexpr (Config::kQueryInRegisters) {
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < Config::kHeadDim / 16; ++i) {
+                auto* const to = reinterpret_cast<uint32_t*>(raw_pointer_cast(&q(0, 0, i, 0)));
+                SM75_U32x4_LDSM_N::copy(matrices(i), to[0], to[1], to[2], to[3]);
+            }
+        }
+    };
     auto issue_qk = [&] {
+        int const stage = Config::kQueryInRegisters ? 0 : shared.queries.place(n_row);
         warpgroup_fence_operand(scores);
         warpgroup_arrive();
         mma_qk.accumulate_ = GMMA::ScaleOut::Zero;
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < size<2>(q); ++i) {
-            cute::gemm(mma_qk, q(_, _, i, query_ring.index), k(_, _, i, key_ring.index), scores);
+            cute::gemm(mma_qk, q(_, _, i, stage), k(_, _, i, shared.keys.place(n)), scores);
             mma_qk.accumulate_ = GMMA::ScaleOut::One;
         }
         warpgroup_commit_batch();
     };
-    auto issue_pv = [&] {
+    auto issue_pv = [&](uint32_t n) {
         warpgroup_fence_operand(out);
         warpgroup_arrive();
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < size<2>(weights); ++i) {
-            cute::gemm(mma_pv, weights(_, _, i), v(_, _, i, value_ring.index), out);
+            cute::gemm(mma_pv, weights(_, _, i), v(_, _, i, shared.values.place(n)), out);
             mma_pv.accumulate_ = GMMA::ScaleOut::One;
         }
         warpgroup_commit_batch();
     };
-    auto say = [&](int slot, uint32_t keep) {
-        if (kTracking != Tracking::kNone && lane == 0) {
-            shared.keep[slot][threadIdx.x / 32 - kWarpgroup / 32] = keep;
-        }
+    auto answer = [&](uint32_t n, uint32_t keep) {
+        if (kTracking != Tracking::kNone && lane == 0) { shared.step[shared.steps.place(n)].keep[warp] = keep; }
     };
 
     if (warpgroup == 1) { pass_turn(); }
 
-    while (true) {
-        Barrier::wait(&shared.query_full[query_ring.index], query_ring.phase);
-        Work const work = shared.work[query_ring.index];
+    for (;; ++n_row) {
+        shared.queries.wait_full(n_row);
+        Work const work = broadcast(shared.step[shared.steps.place(n)].work);
         if (work.tile < 0) { break; }
         int const first_row = work.tile * kTileQ + warpgroup * 64;
         int const row = work.tile * kTileQ + row_in_tile;
@@ -262,90 +272,94 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
                 }
             }
         }
-        softmax.begin(work.threshold, valid, lse_before);
 
+        load_query();
+        shared.keys.wait_full(n);
+        Visit<kBlocks> visit = broadcast(shared.step[shared.steps.place(n)].visit);
+        issue_qk();
+        softmax.begin(work.threshold, valid, lse_before);
         mma_pv.accumulate_ = GMMA::ScaleOut::Zero;
-        if (work.steps > 0) {
-            Barrier::wait(&shared.key_full[key_ring.index], key_ring.phase);
-            Visit<kBlocks> visit = shared.visit[key_ring.index];
-            int slot = key_ring.slot();
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(scores);
+        arrive_everywhere(shared.keys.empty[shared.keys.place(n)]);
+        hide(rows, visit, first_row, row, scores);
+        softmax.first(scores, words);
+
+        for (int step = 1; step < work.steps; ++step) {
+            ++n;
+            shared.keys.wait_full(n);
+            if (rows.causal && step <= kCausalSteps) { visit = broadcast(shared.step[shared.steps.place(n)].visit); }
+            take_turn();
+            warpgroup_fence_operand(weights);
             issue_qk();
+            shared.values.wait_full(n - 1);
+            issue_pv(n - 1);
+            pass_turn();
+            // Judging the tile before takes no time of its own while the products are under way.
+            answer(n - 1, softmax.judge(words, *static_cast<uint32_t const volatile*>(&shared.zero)));
             warpgroup_wait<0>();
             warpgroup_fence_operand(scores);
-            arrive(shared.key_empty[key_ring.index]);
-            key_ring.advance();
-            if (work.steps == 1) { arrive(shared.query_empty[query_ring.index]); }
-            hide(rows, visit, first_row, row, scores);
-            softmax.first(scores, words);
-
-            for (int step = 1; step < work.steps; ++step) {
-                Barrier::wait(&shared.key_full[key_ring.index], key_ring.phase);
-                if (rows.causal) { visit = shared.visit[key_ring.index]; }
-                take_turn();
-                warpgroup_fence_operand(weights);
-                issue_qk();
-                Barrier::wait(&shared.value_full[value_ring.index], value_ring.phase);
-                issue_pv();
-                pass_turn();
-                // Judging the tile before takes no time of its own while the products are under way.
-                say(slot, softmax.judge(*static_cast<uint32_t const volatile*>(&shared.zero)));
-                warpgroup_wait<0>();
-                warpgroup_fence_operand(scores);
-                warpgroup_fence_operand(out);
-                arrive(shared.key_empty[key_ring.index]);
-                arrive(shared.value_empty[value_ring.index]);
-                slot = key_ring.slot();
-                key_ring.advance();
-                value_ring.advance();
-                if (step == work.steps - 1) { arrive(shared.query_empty[query_ring.index]); }
-                if (rows.causal) { hide(rows, visit, first_row, row, scores); }
-                float rescale[2];
-                bool const raised = softmax.step(scores, words, rescale);
-                if (raised) {
-                    CUTLASS_PRAGMA_UNROLL
-                    for (int i = 0; i < size(out); ++i) { out(i) *= rescale[i / 2 % 2]; }
-                }
-            }
-            Barrier::wait(&shared.value_full[value_ring.index], value_ring.phase);
-            issue_pv();
-            say(slot, softmax.judge(0));
-            warpgroup_wait<0>();
             warpgroup_fence_operand(out);
-            arrive(shared.value_empty[value_ring.index]);
-            value_ring.advance();
-        } else {
-            arrive(shared.query_empty[query_ring.index]);
-            clear(out);
+            arrive_everywhere(shared.keys.empty[shared.keys.place(n)]);
+            arrive_everywhere(shared.values.empty[shared.values.place(n - 1)]);
+            if (rows.causal && step <= kCausalSteps) { hide(rows, visit, first_row, row, scores); }
+            float rescale[2];
+            bool const raised = softmax.step(scores, words, rescale);
+            if (raised) {
+                CUTLASS_PRAGMA_UNROLL
+                for (int i = 0; i < size(out); ++i) { out(i) *= rescale[i / 2 % 2]; }
+            }
         }
-        query_ring.advance();
+        shared.values.wait_full(n);
+        issue_pv(n);
+        answer(n, softmax.judge(words, 0));
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(out);
+        arrive_everywhere(shared.values.empty[shared.values.place(n)]);
+        ++n;
 
         float factor[2];
         float lse[2];
         softmax.end(factor, lse);
-        Element* const out_row = static_cast<Element*>(params.out.data) + work.batch * params.out.batch_stride +
-                                 work.head * params.out.head_stride + row * params.out.token_stride;
+        // The output leaves by the place of the queries, which no product reads any more: each warp its own rows.
+        Element* const tile = shared.query + shared.queries.place(n_row) * kTileQ * Config::kHeadDim;
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < Config::kHeadDim / 16; ++i) {
+            uint32_t part[4];
+            CUTLASS_PRAGMA_UNROLL
+            for (int m = 0; m < 4; ++m) {
+                float const channels[2] = {out(8 * i + 2 * m), out(8 * i + 2 * m + 1)};
+                part[m] = pack(channels[0] * factor[m % 2], channels[1] * factor[m % 2], Element{});
+            }
+            SM90_U32x4_STSM_N::copy(part[0], part[1], part[2], part[3], matrices(i));
+        }
+        cute::tma_store_fence();
+        __syncwarp();
+        if (lane == 0) {
+            CUTLASS_PRAGMA_UNROLL
+            for (int plane = 0; plane < Config::kPlanes; ++plane) {
+                cute::SM90_TMA_STORE_4D::copy(
+                    &params.out, tile + (plane * kTileQ + warp * 16) * Config::kPlane, plane * Config::kPlane,
+                    work.tile * kTileQ + warp * 16, work.head, work.batch);
+            }
+            cute::tma_store_arrive();
+        }
         CUTLASS_PRAGMA_UNROLL
         for (int r = 0; r < 2; ++r) {
-            if (!valid[r]) { continue; }
-            if (lane % 4 == 0) {
+            if (valid[r] && lane % 4 == 0) {
                 params.lse[(static_cast<int64_t>(work.batch) * rows.heads + work.head) * rows.tokens_q + row + 8 * r] =
                     lse[r];
                 if (lse_state != nullptr) { lse_state[8 * r] = lse[r]; }
             }
-            CUTLASS_PRAGMA_UNROLL
-            for (int j = 0; j < Config::kHeadDim / 8; ++j) {
-                int const channel = 8 * j + lane % 4 * 2;
-                if (channel < params.head_dim) {
-                    int const i = 2 * r + 4 * j;
-                    *reinterpret_cast<uint32_t*>(out_row + 8 * r * params.out.token_stride + channel) =
-                        pack(out(i) * factor[r], out(i + 1) * factor[r], Element{});
-                }
-            }
+        }
+        if (lane == 0) {
+            cute::tma_store_wait<0>();
+            Barrier::arrive(&shared.queries.empty[shared.queries.place(n_row)]);
         }
     }
 }
 
-template <class Config, Tracking kTracking>
+template <class Config>
 __global__ void __launch_bounds__(kThreads, 1) forward_kernel(__grid_constant__ KernelParams const params) {
     // Swizzled tiles repeat every 1024 bytes; dynamic shared memory starts at such an address.
     extern __shared__ __align__(1024) char raw[];
@@ -354,28 +368,35 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(__grid_constant__ 
         cute::prefetch_tma_descriptor(&params.query);
         cute::prefetch_tma_descriptor(&params.key);
         cute::prefetch_tma_descriptor(&params.value);
-        for (int i = 0; i < Config::kQueryStages; ++i) {
-            Barrier::init(&shared.query_full[i], 1);
-            Barrier::init(&shared.query_empty[i], kConsumerWarps);
-        }
-        for (int i = 0; i < Config::kStages; ++i) {
-            Barrier::init(&shared.key_full[i], 1);
-            Barrier::init(&shared.key_empty[i], kConsumerWarps);
-            Barrier::init(&shared.value_full[i], 1);
-            Barrier::init(&shared.value_empty[i], kConsumerWarps);
-        }
+        cute::prefetch_tma_descriptor(&params.out);
+        shared.queries.init(1, kConsumerWarps);
+        shared.keys.init(1, kConsumerWarps * Config::kCluster);
+        shared.values.init(1, kConsumerWarps * Config::kCluster);
+        shared.steps.init(1, 1);
+        for (Step<Config::kBlocks>& step : shared.step) { step.words = nullptr; }
         shared.zero = 0;
-        for (int i = 0; i < Config::kStages; ++i) { shared.ledger[i].words = nullptr; }
         cutlass::arch::fence_barrier_init();
     }
-    __syncthreads();
+    // No thread block starts before all barriers of its pair are there, and none ends while the other may still reach its own.
+    auto meet = [] {
+        if constexpr (Config::kPaired) {
+            cute::cluster_sync();
+        } else {
+            __syncthreads();
+        }
+    };
+    meet();
     if (cutlass::canonical_warp_group_idx() == 0) {
-        cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
-        if (cutlass::canonical_warp_idx_sync() == 0) { produce<Config, kTracking>(params, shared); }
+        cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
+        int const warp = cutlass::canonical_warp_idx_sync();
+        if (warp == 0) { plan(params.rows, shared); }
+        if (warp == 1 && threadIdx.x % 32 == 0) { fetch(params, shared); }
+        __syncwarp();
     } else {
-        cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
-        consume<Config, kTracking>(params, shared);
+        cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
+        consume(params, shared);
     }
+    if constexpr (Config::kPaired) { meet(); }
 }
 
 }  // namespace lite_attention::sm90

@@ -21,10 +21,11 @@ enum class DType : int { kFloat16 = 0, kBFloat16 = 1 };
 enum class Rule : int { kRunningMax = 0, kMass = 1 };
 
 struct ForwardParams {
-    TensorView query;  // 16-byte aligned, strides multiples of 8 elements (the copy engine's rule)
+    // 16-byte aligned, strides multiples of 8 elements (the copy engine's rule).
+    TensorView query;
     TensorView key;
     TensorView value;
-    TensorView out;  // 4-byte aligned
+    TensorView out;
 
     float* lse;        // (batch, heads, tokens_q) contiguous, natural log
     int32_t* counter;  // one word, zeroed by the launch: the next tile of work

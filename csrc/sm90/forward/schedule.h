@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Which rows of the mask a thread block works on, and which blocks of keys a row visits. The producer warp asks;
-// every function here is called by its 32 lanes together.
+// Which rows of the mask a thread block works on, which blocks of keys a row visits, and what becomes of the mask. One warp
+// plans; every function here is called by its 32 lanes together.
 #pragma once
 
 #include "config.h"
@@ -20,7 +20,7 @@ struct RowParams {
     int* counter;
     int tokens_q;
     int tokens_k;
-    int tiles;
+    int tiles;  // of queries; of paired thread blocks: pairs of tiles
     int heads;
     int batch;
     int head_group;  // heads of a batch row that are worked on at a time: their keys and values share the L2 cache
@@ -53,21 +53,14 @@ CUTLASS_DEVICE int reach(RowParams const& params, int tile) {
     return ceil_div(tokens, kBlockK);
 }
 
-// What a walk begins with; fetched a row ahead, so that nothing waits for it.
-struct Ahead {
-    Work work;       // tile, head and batch
-    float threshold;
-    uint32_t words;  // of the mask, one a lane: the last 32 of them
-};
-
 // Walks all blocks that the tile attends, from the last to the first.
 class DenseWalk {
   public:
-    CUTLASS_DEVICE static void fetch(RowParams const& params, int row, Ahead& ahead) { locate(params, row, ahead.work); }
-
-    CUTLASS_DEVICE DenseWalk(RowParams const& params, Ahead const& ahead) : next_(reach(params, ahead.work.tile)) {}
+    CUTLASS_DEVICE DenseWalk(RowParams const& params, Work const& work) : next_(reach(params, work.tile)) {}
     CUTLASS_DEVICE int visits() const { return next_; }
     CUTLASS_DEVICE float threshold() const { return -INFINITY; }
+    CUTLASS_DEVICE int32_t* words() const { return nullptr; }
+    CUTLASS_DEVICE bool forced() const { return false; }
     CUTLASS_DEVICE int next() { return --next_; }
     CUTLASS_DEVICE void finish() {}
 
@@ -82,24 +75,17 @@ class MaskWalk {
     static constexpr int kChunkBlocks = 32 * 32;
 
   public:
-    CUTLASS_DEVICE static void fetch(RowParams const& params, int row, Ahead& ahead) {
-        locate(params, row, ahead.work);
-        ahead.threshold = params.thresholds[ahead.work.batch];
-        int const blocks = ceil_div(params.tokens_k, kBlockK);
-        int const word = (blocks - 1) / kChunkBlocks * 32 + static_cast<int>(threadIdx.x % 32);
-        ahead.words = word * 32 < blocks ? static_cast<uint32_t>(__ldcg(row_words(params, ahead.work) + word)) : 0u;
-    }
-
-    CUTLASS_DEVICE MaskWalk(RowParams const& params, Ahead const& ahead)
-        : words_(row_words(params, ahead.work)),
+    CUTLASS_DEVICE MaskWalk(RowParams const& params, Work const& work)
+        : words_(
+              params.mask + work.batch * params.mask_batch_stride + work.head * params.mask_head_stride +
+              work.tile * params.mask_tile_stride),
           must_visit_(params.must_visit),
           must_skip_(params.must_skip),
-          blocks_(reach(params, ahead.work.tile)),
+          blocks_(reach(params, work.tile)),
           all_blocks_(ceil_div(params.tokens_k, kBlockK)),
           lane_(threadIdx.x % 32),
-          last_words_(ahead.words),
-          threshold_(ahead.threshold),
-          dense_(ahead.threshold == -INFINITY) {
+          threshold_(params.thresholds[work.batch]),
+          dense_(threshold_ == -INFINITY) {
         chunk_ = ceil_div(all_blocks_, kChunkBlocks);
         if (dense_) {
             visits_ = blocks_;
@@ -160,13 +146,8 @@ class MaskWalk {
         int const bits = blocks - word * 32;
         return bits >= 32 ? ~0u : bits <= 0 ? 0u : (1u << bits) - 1;
     }
-    CUTLASS_DEVICE static int32_t* row_words(RowParams const& params, Work const& work) {
-        return params.mask + work.batch * params.mask_batch_stride + work.head * params.mask_head_stride +
-               work.tile * params.mask_tile_stride;
-    }
     CUTLASS_DEVICE uint32_t mask_word(int word) const {
-        if (word / 32 == (all_blocks_ - 1) / kChunkBlocks) { return last_words_; }
-        return static_cast<uint32_t>(__ldcg(words_ + word));
+        return word * 32 < all_blocks_ ? static_cast<uint32_t>(__ldcg(words_ + word)) : 0u;
     }
     CUTLASS_DEVICE uint32_t must_visit_word(int word) const {
         return must_visit_ != nullptr && word * 32 < blocks_ ? static_cast<uint32_t>(must_visit_[word]) : 0u;
@@ -201,7 +182,6 @@ class MaskWalk {
     int blocks_;
     int all_blocks_;
     int lane_;
-    uint32_t last_words_;
     float threshold_;
     int visits_ = 0;
     int chunk_;
@@ -214,30 +194,29 @@ class MaskWalk {
     bool all_allowed_ = false;
 };
 
-// Writes what becomes of the visited blocks: a product tile is entered when it is fetched and settled when the consumers
-// have released it and said which blocks they want to keep. Runs in one lane.
+// Writes what becomes of the visited blocks, once the consumers have said which they want to keep. Runs in one lane.
 template <Tracking kTracking, int kBlocks>
 class Ledger {
   public:
-    CUTLASS_DEVICE void settle(LedgerEntry<kBlocks> const& entry, uint8_t const (&keep)[kConsumerWarps]) {
-        if (entry.words == nullptr) { return; }
-        static_assert(sizeof(keep) == 2 * sizeof(uint32_t));
-        uint2 const halves = reinterpret_cast<uint2 const&>(keep);
+    CUTLASS_DEVICE void settle(Step<kBlocks> const& step) {
+        if (step.words == nullptr) { return; }
+        static_assert(sizeof(step.keep) == 2 * sizeof(uint32_t));
+        uint2 const halves = reinterpret_cast<uint2 const&>(step.keep);
         uint32_t kept = halves.x | halves.y;
         kept |= kept >> 16;
         kept |= kept >> 8;
-        if (entry.first) {
-            first_block_ = entry.visit.block[0];
-            any_ = entry.forced;
+        if (step.first) {
+            first_block_ = step.visit.block[0];
+            any_ = step.forced;
             if (kTracking == Tracking::kRunningMax) { kept |= 1; }
         }
         CUTLASS_PRAGMA_UNROLL
         for (int b = 0; b < kBlocks; ++b) {
-            if (entry.visit.block[b] >= 0 && kept >> b & 1) { note(entry.words, entry.visit.block[b]); }
+            if (step.visit.block[b] >= 0 && kept >> b & 1) { note(step.words, step.visit.block[b]); }
         }
-        if (entry.last) {
-            if (!any_) { note(entry.words, first_block_); }
-            flush(entry.words);
+        if (step.last) {
+            if (!any_ && first_block_ >= 0) { note(step.words, first_block_); }
+            flush(step.words);
         }
     }
 
@@ -257,8 +236,74 @@ class Ledger {
 
     int place_ = 0;  // of the word that is being gathered
     uint32_t bits_ = 0;
-    int first_block_ = 0;
+    int first_block_ = -1;
     bool any_ = false;
 };
+
+// Plans the thread block's rows, some steps ahead of those who fetch and compute them, and settles the steps of before.
+template <class Config>
+CUTLASS_DEVICE void plan(RowParams const& params, SharedStorage<Config>& shared) {
+    constexpr bool kTracks = Config::kTracking != Tracking::kNone;
+    using Walk = cute::conditional_t<kTracks, MaskWalk, DenseWalk>;
+    constexpr int kBlocks = Config::kBlocks;
+    constexpr int kCluster = Config::kCluster;
+    bool const leader = threadIdx.x % 32 == 0;
+    int const rows = params.tiles * params.heads * params.batch;
+
+    uint32_t n = 0;  // of the step
+    Ledger<Config::kTracking, kBlocks> ledger;
+    auto next_place = [&]() -> Step<kBlocks>& {
+        shared.steps.wait_empty(n);
+        Step<kBlocks>& place = shared.step[shared.steps.place(n)];
+        if (kTracks && leader) { ledger.settle(place); }
+        return place;
+    };
+    auto publish = [&](Step<kBlocks> const& step) {
+        Step<kBlocks>& place = next_place();
+        if (leader) {
+            place = step;
+            cutlass::arch::ClusterBarrier::arrive(&shared.steps.full[shared.steps.place(n)]);
+        }
+        ++n;
+    };
+
+    // Rows are taken from a counter as thread blocks come to them, one ahead. Pairs, whose rows are all alike, take turns.
+    auto take = [&] { return !Config::kPaired && leader ? atomicAdd(params.counter, 1) : 0; };
+    int taken = take();
+    for (int row = blockIdx.x / kCluster; row < rows;) {
+        Step<kBlocks> step{};
+        locate(params, row, step.work);
+        step.work.tile = step.work.tile * kCluster + blockIdx.x % kCluster;
+        Walk walk(params, step.work);
+        step.work.steps = max(1, ceil_div(walk.visits(), kBlocks));
+        step.work.threshold = walk.threshold();
+        step.words = walk.words();
+        step.forced = walk.forced();
+        // The first tile holds what is over, so that only there something is hidden (but for causal rows).
+        int blocks = walk.visits() - (step.work.steps - 1) * kBlocks;
+        for (int i = 0; i < step.work.steps; ++i) {
+            CUTLASS_PRAGMA_UNROLL
+            for (int b = 0; b < kBlocks; ++b) { step.visit.block[b] = b < blocks ? walk.next() : -1; }
+            step.first = i == 0;
+            step.last = i == step.work.steps - 1;
+            publish(step);
+            blocks = kBlocks;
+        }
+        walk.finish();
+        if constexpr (!Config::kPaired) {
+            row = __shfl_sync(~0u, taken, 0) + gridDim.x;
+            taken = take();
+        } else {
+            row += gridDim.x / kCluster;
+        }
+    }
+    Step<kBlocks> end{};
+    end.first = true;
+    end.work.tile = -1;
+    publish(end);
+    if constexpr (kTracks) {
+        for (int i = 1; i < kSteps; ++i, ++n) { next_place(); }
+    }
+}
 
 }  // namespace lite_attention::sm90

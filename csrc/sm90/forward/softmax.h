@@ -6,6 +6,9 @@
 // A row's exponents are taken relative to an offset that is its largest score in the first tile, and stays: the weights of
 // later tiles may be larger than 1, and only when their sum passes a limit is the largest score looked for again. So most
 // tiles need no maximum, and nothing waits for one.
+//
+// A weight that carries a row is then not the 1 that rounding would leave as it is. In tiles that weigh much more than all
+// before, the row's sum takes the weights as rounded, so that what rounding did to them cancels in the quotient.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -26,6 +29,9 @@ template <class Element>
 constexpr float kLargest = 0x1p40f;
 template <>
 constexpr float kLargest<cutlass::half_t> = 0x1p15f;
+
+// How many times all before a tile weighs if rounding is made up for. Smaller: more exact, and more often.
+constexpr float kHeavy = 8.0f;
 
 // Larger of two numbers, NaN if one is.
 struct Max {
@@ -65,6 +71,13 @@ CUTLASS_DEVICE uint32_t pack(float low, float high, cutlass::half_t) {
     return reinterpret_cast<uint32_t const&>(pair);
 }
 
+CUTLASS_DEVICE float2 unpack(uint32_t pair, cutlass::bfloat16_t) {
+    return __bfloat1622float2(reinterpret_cast<__nv_bfloat162 const&>(pair));
+}
+CUTLASS_DEVICE float2 unpack(uint32_t pair, cutlass::half_t) {
+    return __half22float2(reinterpret_cast<__half2 const&>(pair));
+}
+
 // Scores come as an accumulator of kBlocks * 32 numbers: column pair c, row r, group of 8 columns j at c + 2 r + 4 j;
 // 8 groups make a block. Weights leave in the same order, two to a word.
 template <Tracking kTracking, int kBlocks, class Element>
@@ -79,7 +92,7 @@ class Softmax {
         CUTLASS_PRAGMA_UNROLL
         for (int r = 0; r < 2; ++r) {
             offset_[r] = NAN;
-            sum_[r] = 0.0f;
+            sum_[r] = lost_[r] = 0.0f;
             if constexpr (kTracking == Tracking::kRunningMax) { limit_[r] = exp2f(threshold); }
             if constexpr (kTracking == Tracking::kMass) {
                 limit_[r] = lse_before[r] == INFINITY ? NAN : threshold + lse_before[r] * kLog2E;
@@ -105,10 +118,22 @@ class Softmax {
         CUTLASS_PRAGMA_NO_UNROLL
         while (true) {
             exponents(scores, offsets, weights);
-            float all = 0.0f;
-            for_all([&](int b, int r) { all += mass_[b][r]; });
-            // NaN is too much as well: no offset yet, or NaN among the scores.
-            if (raised || !__any_sync(~0u, !(all <= kLargest<Element>))) { break; }
+            bool light = true;
+            bool fits = true;
+            CUTLASS_PRAGMA_UNROLL
+            for (int r = 0; r < 2; ++r) {
+                float mass = mass_[0][r];
+                CUTLASS_PRAGMA_UNROLL
+                for (int b = 1; b < kBlocks; ++b) { mass += mass_[b][r]; }
+                // NaN does not fit: no offset yet, or NaN among the scores.
+                fits = fits && mass <= kLargest<Element>;
+                light = light && mass <= fminf(kHeavy * (sum_[r] + 1.0f), kLargest<Element>);
+            }
+            if (raised || __all_sync(~0u, light)) { break; }
+            if (__all_sync(~0u, fits)) {
+                sum_as_rounded(weights);
+                break;
+            }
             offsets = raise(scores, rescale);
             raised = true;
         }
@@ -116,9 +141,17 @@ class Softmax {
         return raised;
     }
 
-    // Bits of the blocks of the last tile that a row of this warp wants to keep. `stamp` is 0 to the caller, but the compiler sees
-    // that it depends on something, and does not move the work before that.
-    CUTLASS_DEVICE uint32_t judge(uint32_t stamp) {
+    // Bits of the blocks of the last tile, which has these weights, that a row of this warp wants to keep. `stamp` is 0 to the
+    // caller, but the compiler sees that it depends on something, and does not move the work before that.
+    CUTLASS_DEVICE uint32_t judge(uint32_t const (&weights)[kBlocks * 16], uint32_t stamp) {
+        if constexpr (kTracking == Tracking::kRunningMax && kPackedMax) {
+            for_all([&](int b, int r) {
+                uint32_t pair = weights[at(b, 0, r) / 2] | stamp;
+                CUTLASS_PRAGMA_UNROLL
+                for (int i = 1; i < 8; ++i) { pair = larger_pair(pair, weights[at(b, 2 * i, r) / 2]); }
+                most_[b][r] = Max{}(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
+            });
+        }
         auto after_stamp = [&](float& part) { part = __uint_as_float(__float_as_uint(part) | stamp); };
         for_all([&](int b, int r) { after_stamp(kTracking == Tracking::kMass ? mass_[b][r] : most_[b][r]); });
         bool const odd = threadIdx.x & 1;
@@ -145,12 +178,14 @@ class Softmax {
             float sum = sum_[r] + __shfl_xor_sync(~0u, sum_[r], 1);
             sum += __shfl_xor_sync(~0u, sum, 2);
             factor[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
-            lse[r] = sum == 0.0f ? -INFINITY : offset_[r] * kLn2 + logf(sum);
+            float lost = lost_[r] + __shfl_xor_sync(~0u, lost_[r], 1);
+            lost += __shfl_xor_sync(~0u, lost, 2);
+            lse[r] = sum == 0.0f ? -INFINITY : offset_[r] * kLn2 + logf(sum + lost);
         }
     }
 
   private:
-    // The rule `running_max` compares weights as they are packed, if those have the range of float: two at a time.
+    // The rule `running_max` compares weights as they are packed, two at a time, if those have the range of float.
     static constexpr bool kPackedMax = cute::is_same_v<Element, cutlass::bfloat16_t>;
 
     struct Offsets {
@@ -193,6 +228,7 @@ class Softmax {
             if (before) { largest = Max{}(largest, offset_[r]); }
             rescale[r] = before ? exp2f(offset_[r] - largest) : 1.0f;
             sum_[r] *= rescale[r];
+            lost_[r] *= rescale[r];
             offset_[r] = largest == -INFINITY ? NAN : largest;
             offsets.row[r] = largest == -INFINITY ? 0.0f : largest;
         }
@@ -203,7 +239,6 @@ class Softmax {
     // Weights of the scores, and what the rules want to know of each block.
     template <class Scores>
     CUTLASS_DEVICE void exponents(Scores const& scores, Offsets const& offsets, uint32_t (&weights)[kBlocks * 16]) {
-        uint32_t pairs[kBlocks][2];
         for_all([&](int b, int r) { most_[b][r] = mass_[b][r] = 0.0f; });
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 8; ++i) {
@@ -212,22 +247,29 @@ class Softmax {
                 float const high = exp2f(scores(at(b, 2 * i + 1, r)) * scale_log2_ - offsets.row[r]);
                 mass_[b][r] += low;
                 mass_[b][r] += high;
-                uint32_t& pair = weights[at(b, 2 * i, r) / 2];
-                pair = pack(low, high, Element{});
-                if constexpr (kTracking == Tracking::kRunningMax) {
-                    if constexpr (kPackedMax) {
-                        pairs[b][r] = i == 0 ? pair : larger_pair(pairs[b][r], pair);
-                    } else {
-                        most_[b][r] = Max{}(Max{}(most_[b][r], low), high);
-                    }
+                weights[at(b, 2 * i, r) / 2] = pack(low, high, Element{});
+                if constexpr (kTracking == Tracking::kRunningMax && !kPackedMax) {
+                    most_[b][r] = Max{}(Max{}(most_[b][r], low), high);
                 }
             });
         }
-        if constexpr (kTracking == Tracking::kRunningMax && kPackedMax) {
+    }
+
+    // Makes up for what rounding does to the weights of this tile.
+    CUTLASS_DEVICE void sum_as_rounded(uint32_t const (&weights)[kBlocks * 16]) {
+        float lost[kBlocks][2];
+        for_all([&](int b, int r) { lost[b][r] = mass_[b][r]; });
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < 8; ++i) {
             for_all([&](int b, int r) {
-                most_[b][r] = Max{}(__uint_as_float(pairs[b][r] << 16), __uint_as_float(pairs[b][r] & 0xffff0000));
+                float2 const pair = unpack(weights[at(b, 2 * i, r) / 2], Element{});
+                lost[b][r] -= pair.x + pair.y;
             });
         }
+        for_all([&](int b, int r) {
+            lost_[r] += lost[b][r];
+            sum_[r] -= lost[b][r];
+        });
     }
 
     // Adds the tile to the rows' sums. For rows of which the rule `mass` cannot tell (no step before, or one that is out of the
@@ -277,7 +319,8 @@ class Softmax {
 
     float scale_log2_;
     float offset_[2];         // log2 units; NaN before the first finite score
-    float sum_[2];            // of this thread's columns
+    float sum_[2];            // of this thread's columns, some of them as rounded
+    float lost_[2];           // what those lost by that
     float mass_[kBlocks][2];  // of this thread's columns in the last tile
     float most_[kBlocks][2];  // largest weight among them
     float limit_[2];          // of the rule: factor of the largest weight before, or log2 of a mass; inf past the end
