@@ -162,10 +162,10 @@ def test_dense_shapes(name: str, causal: bool) -> None:
 
 @pytest.mark.parametrize("tokens_q", [200, 4174], ids=["one pair of tiles", "a tile without partner"])
 @pytest.mark.parametrize("tokens_k", [8192, 8256, 8293])
-@pytest.mark.parametrize("head_dim", [72, 128])
+@pytest.mark.parametrize("head_dim", [64, 72, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dense_with_many_keys(dtype: torch.dtype, head_dim: int, tokens_k: int, tokens_q: int) -> None:
-    """From 8,192 keys on, two thread blocks share what they fetch."""
+    """From 8,192 keys on, two thread blocks share what they fetch, if the head size is from 72 to 128."""
     shape = Shape(batch=2, tokens_q=tokens_q, tokens_k=tokens_k, heads=4, kv_heads=2, head_dim=head_dim)
     inputs = cuda_inputs(shape, dtype)
     out, lse = dense(*inputs, head_dim**-0.5)

@@ -25,9 +25,8 @@ CUTLASS_HOST_DEVICE constexpr int ceil_div(int count, int size) { return (count 
 enum class Tracking : int { kNone = 0, kRunningMax = 1, kMass = 2 };
 
 constexpr int kWarpgroup = 128;
-constexpr int kConsumers = 2;  // warpgroups, 64 queries each
-constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
+constexpr int kWarpQ = 16;                   // queries of a warp that computes
+constexpr int kMaskWarps = kTileQ / kWarpQ;  // that decide on a row of the skip mask
 // Product tiles that are planned ahead: enough to hide what it takes to begin a row of the mask.
 constexpr int kSteps = 8;
 
@@ -45,14 +44,23 @@ struct Config {
     static_assert(!kPaired || kTracking == Tracking::kNone);
     static constexpr int kCluster = kPaired ? 2 : 1;
 
+    // Warpgroups that compute, 64 queries each. Four hide better what each waits for, where a head is small enough for the
+    // registers that each has then. They work on two rows of the mask side by side, so that both must visit the same.
+    static constexpr bool kWide = kHeadDim <= 64 && kTracking == Tracking::kNone;
+    static constexpr int kConsumers = kWide ? 4 : 2;
+    static constexpr int kRows = kConsumers * 64;
+    static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
+    static constexpr int kConsumerWarps = kRows / kWarpQ;
+    static_assert(kRows == kTileQ || kTracking == Tracking::kNone);
+
     // Blocks that one product tile gathers, and tiles in flight.
-    static constexpr int kBlocks = kHeadDim <= 64 || kPaired ? 3 : kHeadDim <= 128 ? 2 : 1;
+    static constexpr int kBlocks = kWide ? 1 : kHeadDim <= 64 || kPaired ? 3 : kHeadDim <= 128 ? 2 : 1;
     static constexpr int kTileK = kBlocks * kBlockK;
-    static constexpr int kStages = kHeadDim == 192 ? 3 : 2;
+    static constexpr int kStages = kWide ? 4 : kHeadDim == 192 ? 3 : 2;
     static constexpr int kQueryStages = kHeadDim <= 128 && !kPaired ? 2 : 1;
 
-    static constexpr int kProducerRegisters = kPaired ? 24 : 40;
-    static constexpr int kConsumerRegisters = kPaired ? 240 : 232;
+    static constexpr int kProducerRegisters = kWide ? 32 : kPaired ? 24 : 40;
+    static constexpr int kConsumerRegisters = kWide ? 112 : kPaired ? 240 : 232;
     // A block is launched with the same number for every thread; what the consumers add the producers must have given, or the
     // kernel waits for it for ever.
     static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (kConsumers + 1) * (65536 / kThreads / 8 * 8));
@@ -71,7 +79,7 @@ struct Config {
         cute::GMMA::Layout_MN_SW128_Atom<Element>,
         cute::GMMA::Layout_MN_SW64_Atom<Element>>;
     using LayoutQ = decltype(cute::tile_to_shape(
-        AtomK{}, cute::Shape<cute::Int<kTileQ>, cute::Int<kHeadDim>, cute::Int<kQueryStages>>{}));
+        AtomK{}, cute::Shape<cute::Int<kRows>, cute::Int<kHeadDim>, cute::Int<kQueryStages>>{}));
     using LayoutK = decltype(cute::tile_to_shape(
         AtomK{}, cute::Shape<cute::Int<kTileK>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
     // The same bytes as LayoutK, seen as (channel, key): the second product contracts over keys.
@@ -86,7 +94,7 @@ struct Config {
         64 < kHeadDim && kHeadDim <= 128 && !kPaired && kTracking == Tracking::kNone;
     static constexpr auto atom_qk() {
         using namespace cute::GMMA;
-        using Shape = cute::Shape<cute::Int<kTileQ>, cute::Int<kTileK>, cute::Int<kHeadDim>>;
+        using Shape = cute::Shape<cute::Int<kRows>, cute::Int<kTileK>, cute::Int<kHeadDim>>;
         if constexpr (kQueryInRegisters) {
             return rs_op_selector<Element, Element, float, Shape, Major::K, Major::K>();
         } else {
@@ -99,7 +107,7 @@ struct Config {
             Element,
             Element,
             float,
-            cute::Shape<cute::Int<kTileQ>, cute::Int<kHeadDim>, cute::Int<kTileK>>,
+            cute::Shape<cute::Int<kRows>, cute::Int<kHeadDim>, cute::Int<kTileK>>,
             cute::GMMA::Major::K,
             cute::GMMA::Major::MN>(),
         Warpgroups{}));
@@ -133,7 +141,7 @@ struct Step {
     bool last;       // of its row
     bool forced;     // whether a block of the row stays in any case
     // Bits of the blocks that each consumer warp wants to keep.
-    alignas(8) uint8_t keep[kConsumerWarps];
+    alignas(8) uint8_t keep[kMaskWarps];
 };
 
 // The barriers of a ring of stages. The n-th use of the ring is at place n modulo kStages; one side fills it, the other empties
@@ -160,7 +168,7 @@ struct Ring {
 template <class Config>
 struct SharedStorage {
     using Element = typename Config::Element;
-    alignas(1024) Element query[Config::kQueryStages * kTileQ * Config::kHeadDim];
+    alignas(1024) Element query[Config::kQueryStages * Config::kRows * Config::kHeadDim];
     alignas(1024) Element key[Config::kStages * Config::kTileK * Config::kHeadDim];
     alignas(1024) Element value[Config::kStages * Config::kTileK * Config::kHeadDim];
 

@@ -68,16 +68,16 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
     KernelParams kernel_params;
     bool const encoded =
         encode<Config>(
-            kernel_params.query, params.query, params.tokens_q, params.heads, params.batch, params.head_dim, kTileQ) &&
+            kernel_params.query, params.query, params.tokens_q, params.heads, params.batch, params.head_dim, Config::kRows) &&
         encode<Config>(
             kernel_params.key, key, params.tokens_k, params.kv_heads, params.batch, params.head_dim, Config::kBoxK) &&
         encode<Config>(
             kernel_params.value, value, params.tokens_k, params.kv_heads, params.batch, params.head_dim, Config::kBoxK) &&
         encode<Config>(
-            kernel_params.out, params.out, params.tokens_q, params.heads, params.batch, params.head_dim, kTileQ / kConsumerWarps);
+            kernel_params.out, params.out, params.tokens_q, params.heads, params.batch, params.head_dim, kWarpQ);
     if (!encoded) { return "the copy engine refuses a tensor: expected 16-byte aligned data and strides"; }
 
-    int const tiles = ceil_div(params.tokens_q, kTileQ * Config::kCluster);
+    int const tiles = ceil_div(params.tokens_q, Config::kRows * Config::kCluster);
     int const kv_group = params.heads / params.kv_heads;
     int64_t const head_bytes = 2 * sizeof(Element) * static_cast<int64_t>(params.tokens_k) * params.head_dim;
     int64_t const kv_heads = std::clamp<int64_t>(kGroupBytes / std::max<int64_t>(head_bytes, 1), 1, params.kv_heads);
@@ -92,6 +92,7 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
         params.counter,
         params.tokens_q,
         params.tokens_k,
+        Config::kRows,
         tiles,
         params.heads,
         params.batch,
@@ -118,7 +119,7 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
         cluster.val.clusterDim = {Config::kCluster, 1, 1};
         cudaLaunchConfig_t config{};
         config.gridDim = static_cast<unsigned>(std::min<int64_t>(rows, processors() / Config::kCluster)) * Config::kCluster;
-        config.blockDim = kThreads;
+        config.blockDim = Config::kThreads;
         config.dynamicSmemBytes = kSharedBytes;
         config.stream = stream;
         config.attrs = &cluster;

@@ -59,7 +59,7 @@ CUTLASS_DEVICE void copy_rows(
 template <class Config>
 CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& shared) {
     using Element = typename Config::Element;
-    constexpr uint32_t kQueryBytes = kTileQ * Config::kHeadDim * sizeof(Element);
+    constexpr uint32_t kQueryBytes = Config::kRows * Config::kHeadDim * sizeof(Element);
     constexpr uint32_t kTileBytes = Config::kTileK * Config::kHeadDim * sizeof(Element);
     int const part = blockIdx.x % Config::kCluster * Config::kBoxK;
 
@@ -83,9 +83,9 @@ CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& sha
                 break;
             }
             CopyBarrier::arrive_and_expect_tx(full, kQueryBytes);
-            copy_rows<Config, kTileQ, 1>(
+            copy_rows<Config, Config::kRows, 1>(
                 params.query, full, cute::TMA::CacheHintSm90::EVICT_FIRST,
-                shared.query + place * kTileQ * Config::kHeadDim, 0, work.tile * kTileQ, work.head, work.batch);
+                shared.query + place * Config::kRows * Config::kHeadDim, 0, work.tile * Config::kRows, work.head, work.batch);
             ++row;
         }
         int const place = shared.keys.place(n);
@@ -155,13 +155,13 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     constexpr Tracking kTracking = Config::kTracking;
     constexpr int kBlocks = Config::kBlocks;
     // Steps after the first in which a causal tile may hide keys.
-    constexpr int kCausalSteps = ceil_div(kTileQ / kBlockK, kBlocks);
+    constexpr int kCausalSteps = ceil_div(Config::kRows / kBlockK, kBlocks);
     RowParams const& rows = params.rows;
     int const warpgroup = cutlass::canonical_warp_group_idx() - 1;
     int const warp = threadIdx.x / 32 - kWarpgroup / 32;
     int const lane = threadIdx.x % 32;
     // Place in the tile of the first of this thread's two queries.
-    int const row_in_tile = warp * 16 + lane / 4;
+    int const row_in_tile = warp * kWarpQ + lane / 4;
 
     Tensor query = make_tensor(make_smem_ptr(shared.query), typename Config::LayoutQ{});
     Tensor key = make_tensor(make_smem_ptr(shared.key), typename Config::LayoutK{});
@@ -180,8 +180,8 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     }();
     Tensor k = slice_qk.partition_fragment_B(key);
     Tensor v = slice_pv.partition_fragment_B(value);
-    Tensor scores = partition_fragment_C(mma_qk, Shape<Int<kTileQ>, Int<Config::kTileK>>{});
-    Tensor out = partition_fragment_C(mma_pv, Shape<Int<kTileQ>, Int<Config::kHeadDim>>{});
+    Tensor scores = partition_fragment_C(mma_qk, Shape<Int<Config::kRows>, Int<Config::kTileK>>{});
+    Tensor out = partition_fragment_C(mma_pv, Shape<Int<Config::kRows>, Int<Config::kHeadDim>>{});
     // Weights as the first operand of the second product: the order of the scores, 16 keys at a time.
     Tensor weights = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Config::kTileK / 16>>>{});
     static_assert(decltype(size(scores))::value == kBlocks * 32 && decltype(size(weights))::value == kBlocks * 32);
@@ -206,15 +206,15 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         }
     };
     auto take_turn = [&] {
-        cutlass::arch::NamedBarrier::sync(kConsumers * kWarpgroup, kTurnBarrier + warpgroup);
+        cutlass::arch::NamedBarrier::sync(2 * kWarpgroup, kTurnBarrier + warpgroup);
     };
     auto pass_turn = [&] {
-        cutlass::arch::NamedBarrier::arrive(kConsumers * kWarpgroup, kTurnBarrier + (warpgroup ^ 1));
+        cutlass::arch::NamedBarrier::arrive(2 * kWarpgroup, kTurnBarrier + (warpgroup + 1) % Config::kConsumers);
     };
-    // Four matrices of 8 by 8 of this warp's queries, or of the output that takes their place: rows from 0 and 8, channels from
-    // 16 i and 16 i + 8. Each lane points to one of their rows.
+    // Four matrices of 8 by 8 of this warp's queries, or of the output that takes their place: rows from 0 and 8, channels
+    // from 16 i and 16 i + 8. Each lane points to one of their rows.
     auto matrices = [&](int i) -> uint128_t& {
-        return reinterpret_cast<uint128_t&>(query(warp * 16 + lane % 16, 16 * i + lane / 16 * 8, shared.queries.place(n_row)));
+        return reinterpret_cast<uint128_t&>(query(warp * kWarpQ + lane % 16, 16 * i + lane / 16 * 8, shared.queries.place(n_row)));
     };
     auto load_query = [&] {
         if constexpr (Config::kQueryInRegisters) {
@@ -251,14 +251,14 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         if (kTracking != Tracking::kNone && lane == 0) { shared.step[shared.steps.place(n)].keep[warp] = keep; }
     };
 
-    if (warpgroup == 1) { pass_turn(); }
+    if (warpgroup == Config::kConsumers - 1) { pass_turn(); }
 
     for (;; ++n_row) {
         shared.queries.wait_full(n_row);
         Work const work = broadcast(shared.step[shared.steps.place(n)].work);
         if (work.tile < 0) { break; }
-        int const first_row = work.tile * kTileQ + warpgroup * 64;
-        int const row = work.tile * kTileQ + row_in_tile;
+        int const first_row = work.tile * Config::kRows + warpgroup * 64;
+        int const row = work.tile * Config::kRows + row_in_tile;
         bool const valid[2] = {row < rows.tokens_q, row + 8 < rows.tokens_q};
         float* lse_state = nullptr;
         float lse_before[2] = {INFINITY, INFINITY};
@@ -322,7 +322,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         float lse[2];
         softmax.end(factor, lse);
         // The output leaves by the place of the queries, which no product reads any more: each warp its own rows.
-        Element* const tile = shared.query + shared.queries.place(n_row) * kTileQ * Config::kHeadDim;
+        Element* const tile = shared.query + shared.queries.place(n_row) * Config::kRows * Config::kHeadDim;
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < Config::kHeadDim / 16; ++i) {
             uint32_t part[4];
@@ -339,8 +339,8 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
             CUTLASS_PRAGMA_UNROLL
             for (int plane = 0; plane < Config::kPlanes; ++plane) {
                 cute::SM90_TMA_STORE_4D::copy(
-                    &params.out, tile + (plane * kTileQ + warp * 16) * Config::kPlane, plane * Config::kPlane,
-                    work.tile * kTileQ + warp * 16, work.head, work.batch);
+                    &params.out, tile + (plane * Config::kRows + warp * kWarpQ) * Config::kPlane, plane * Config::kPlane,
+                    work.tile * Config::kRows + warp * kWarpQ, work.head, work.batch);
             }
             cute::tma_store_arrive();
         }
@@ -360,7 +360,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
 }
 
 template <class Config>
-__global__ void __launch_bounds__(kThreads, 1) forward_kernel(__grid_constant__ KernelParams const params) {
+__global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(__grid_constant__ KernelParams const params) {
     // Swizzled tiles repeat every 1024 bytes; dynamic shared memory starts at such an address.
     extern __shared__ __align__(1024) char raw[];
     auto& shared = *reinterpret_cast<SharedStorage<Config>*>(raw);
@@ -369,9 +369,9 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(__grid_constant__ 
         cute::prefetch_tma_descriptor(&params.key);
         cute::prefetch_tma_descriptor(&params.value);
         cute::prefetch_tma_descriptor(&params.out);
-        shared.queries.init(1, kConsumerWarps);
-        shared.keys.init(1, kConsumerWarps * Config::kCluster);
-        shared.values.init(1, kConsumerWarps * Config::kCluster);
+        shared.queries.init(1, Config::kConsumerWarps);
+        shared.keys.init(1, Config::kConsumerWarps * Config::kCluster);
+        shared.values.init(1, Config::kConsumerWarps * Config::kCluster);
         shared.steps.init(1, 1);
         for (Step<Config::kBlocks>& step : shared.step) { step.words = nullptr; }
         shared.zero = 0;

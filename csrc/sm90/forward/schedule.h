@@ -20,6 +20,7 @@ struct RowParams {
     int* counter;
     int tokens_q;
     int tokens_k;
+    int tile_queries;  // in a tile
     int tiles;  // of queries; of paired thread blocks: pairs of tiles
     int heads;
     int batch;
@@ -47,7 +48,7 @@ CUTLASS_DEVICE void locate(RowParams const& params, int index, Work& work) {
 CUTLASS_DEVICE int reach(RowParams const& params, int tile) {
     int tokens = params.tokens_k;
     if (params.causal) {
-        int const last_query = min((tile + 1) * kTileQ, params.tokens_q) - 1;
+        int const last_query = min((tile + 1) * params.tile_queries, params.tokens_q) - 1;
         tokens = max(0, min(tokens, last_query + 1 + params.tokens_k - params.tokens_q));
     }
     return ceil_div(tokens, kBlockK);
