@@ -1,7 +1,7 @@
 """The operators as PyTorch sees them: schemas, argument checks, CPU, CUDA and fake implementations."""
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -160,23 +160,10 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 def _checked(implementation: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     """An implementation of ``forward`` behind the checks that are the same for all."""
 
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        lse_state: Tensor | None,
-        thresholds: Tensor | None,
-        must_visit: Tensor | None,
-        must_skip: Tensor | None,
-        scale: float,
-        causal: bool,
-        rule: str,
-    ) -> tuple[Tensor, Tensor]:
-        check_forward(query, key, value, mask, lse_state, thresholds, must_visit, must_skip, rule)
-        return implementation(
-            query, key, value, mask, lse_state, thresholds, must_visit, must_skip, scale, causal, check_rule(rule)
-        )
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        *checked, _scale, _causal, rule = arguments
+        check_forward(*(*checked, rule))
+        return implementation(*arguments)
 
     return forward
 

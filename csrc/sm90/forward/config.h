@@ -134,7 +134,7 @@ struct Visit {
 // A product tile from its plan to the writing of what becomes of its blocks.
 template <int kBlocks>
 struct Step {
-    Work work;  // of the row's first step
+    Work work;  // its row
     Visit<kBlocks> visit;
     int32_t* words;  // the row of the mask, null where it stays as it is
     bool first;      // of its row

@@ -62,7 +62,7 @@ int processors() {
 template <class Config>
 char const* launch(ForwardParams const& params, cudaStream_t stream) {
     using Element = typename Config::Element;
-    // No key: the maps of keys and values are never used, but must be there.
+    // No key: what is read lies past the end, where the map of any tensor gives zeros.
     TensorView const& key = params.tokens_k > 0 ? params.key : params.query;
     TensorView const& value = params.tokens_k > 0 ? params.value : params.query;
     KernelParams kernel_params;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The forward kernel: one warp plans which key blocks a row of the mask visits, one thread has them gathered into product
-// tiles, two consumer warpgroups take turns at the tensor cores and overlap each other's softmax, as the FlashAttention-3
-// paper (Shah et al. 2024, section 3) describes for dense attention.
+// tiles, two or four consumer warpgroups take turns at the tensor cores and overlap each other's softmax, as the
+// FlashAttention-3 paper (Shah et al. 2024, section 3) describes for dense attention.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -128,7 +128,7 @@ CUTLASS_DEVICE void hide(RowParams const& rows, Visit<kBlocks> const& visit, int
             int const limit = visit.block[b] >= 0 ? last - visit.block[b] * kBlockK - column : 0;
             CUTLASS_PRAGMA_UNROLL
             for (int i = 0; i < 16; ++i) {
-                if (i / 2 * 8 + i % 2 >= limit) { scores(i % 2 + 2 * r + 4 * (8 * b + i / 2)) = -INFINITY; }
+                if (i / 2 * 8 + i % 2 >= limit) { scores(score_place(b, i, r)) = -INFINITY; }
             }
         }
     }
@@ -192,17 +192,14 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     uint32_t n_row = 0;
     uint32_t n = 0;  // of the step
 
-    auto arrive = [&](uint64_t& barrier) {
+    // Empties the n-th place of a ring, for the other thread block of a pair too: its copies come here as well.
+    auto empty = [&](auto& ring, uint32_t n) {
+        uint64_t& barrier = ring.empty[ring.place(n)];
         __syncwarp();
-        if (lane == 0) { Barrier::arrive(&barrier); }
-    };
-    // Tells the other thread block of a pair too: its copies come here as well.
-    auto arrive_everywhere = [&](uint64_t& barrier) {
         if constexpr (Config::kPaired) {
-            __syncwarp();
             Barrier::arrive(&barrier, (blockIdx.x + lane) % Config::kCluster, lane < Config::kCluster);
-        } else {
-            arrive(barrier);
+        } else if (lane == 0) {
+            Barrier::arrive(&barrier);
         }
     };
     auto take_turn = [&] {
@@ -214,7 +211,8 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     // Four matrices of 8 by 8 of this warp's queries, or of the output that takes their place: rows from 0 and 8, channels
     // from 16 i and 16 i + 8. Each lane points to one of their rows.
     auto matrices = [&](int i) -> uint128_t& {
-        return reinterpret_cast<uint128_t&>(query(warp * kWarpQ + lane % 16, 16 * i + lane / 16 * 8, shared.queries.place(n_row)));
+        return reinterpret_cast<uint128_t&>(
+            query(warp * kWarpQ + lane % 16, 16 * i + lane / 16 * 8, shared.queries.place(n_row)));
     };
     auto load_query = [&] {
         if constexpr (Config::kQueryInRegisters) {
@@ -281,7 +279,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         mma_pv.accumulate_ = GMMA::ScaleOut::Zero;
         warpgroup_wait<0>();
         warpgroup_fence_operand(scores);
-        arrive_everywhere(shared.keys.empty[shared.keys.place(n)]);
+        empty(shared.keys, n);
         hide(rows, visit, first_row, row, scores);
         softmax.first(scores, words);
 
@@ -300,8 +298,8 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
             warpgroup_wait<0>();
             warpgroup_fence_operand(scores);
             warpgroup_fence_operand(out);
-            arrive_everywhere(shared.keys.empty[shared.keys.place(n)]);
-            arrive_everywhere(shared.values.empty[shared.values.place(n - 1)]);
+            empty(shared.keys, n);
+            empty(shared.values, n - 1);
             if (rows.causal && step <= kCausalSteps) { hide(rows, visit, first_row, row, scores); }
             float rescale[2];
             bool const raised = softmax.step(scores, words, rescale);
@@ -315,7 +313,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         answer(n, softmax.judge(words, 0));
         warpgroup_wait<0>();
         warpgroup_fence_operand(out);
-        arrive_everywhere(shared.values.empty[shared.values.place(n)]);
+        empty(shared.values, n);
         ++n;
 
         float factor[2];

@@ -62,6 +62,13 @@ CUTLASS_DEVICE float halve(float first, float second, int lane_bit, Join join) {
     return join(mine, __shfl_xor_sync(~0u, theirs, lane_bit));
 }
 
+// Joins the parts of one number over the quad.
+template <class Join>
+CUTLASS_DEVICE float join_quad(float part, Join join) {
+    part = join(part, __shfl_xor_sync(~0u, part, 1));
+    return join(part, __shfl_xor_sync(~0u, part, 2));
+}
+
 CUTLASS_DEVICE uint32_t pack(float low, float high, cutlass::bfloat16_t) {
     __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
     return reinterpret_cast<uint32_t const&>(pair);
@@ -77,6 +84,9 @@ CUTLASS_DEVICE float2 unpack(uint32_t pair, cutlass::bfloat16_t) {
 CUTLASS_DEVICE float2 unpack(uint32_t pair, cutlass::half_t) {
     return __half22float2(reinterpret_cast<__half2 const&>(pair));
 }
+
+// Place among the scores of the i-th of 16 columns that a thread holds of a block, in its row 0 or 1.
+CUTLASS_DEVICE constexpr int score_place(int block, int i, int row) { return i % 2 + 2 * row + 4 * (8 * block + i / 2); }
 
 // Scores come as an accumulator of kBlocks * 32 numbers: column pair c, row r, group of 8 columns j at c + 2 r + 4 j;
 // 8 groups make a block. Weights leave in the same order, two to a word.
@@ -146,9 +156,9 @@ class Softmax {
     CUTLASS_DEVICE uint32_t judge(uint32_t const (&weights)[kBlocks * 16], uint32_t stamp) {
         if constexpr (kTracking == Tracking::kRunningMax && kPackedMax) {
             for_all([&](int b, int r) {
-                uint32_t pair = weights[at(b, 0, r) / 2] | stamp;
+                uint32_t pair = weights[score_place(b, 0, r) / 2] | stamp;
                 CUTLASS_PRAGMA_UNROLL
-                for (int i = 1; i < 8; ++i) { pair = larger_pair(pair, weights[at(b, 2 * i, r) / 2]); }
+                for (int i = 1; i < 8; ++i) { pair = larger_pair(pair, weights[score_place(b, 2 * i, r) / 2]); }
                 most_[b][r] = Max{}(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
             });
         }
@@ -175,11 +185,9 @@ class Softmax {
     CUTLASS_DEVICE void end(float (&factor)[2], float (&lse)[2]) {
         CUTLASS_PRAGMA_UNROLL
         for (int r = 0; r < 2; ++r) {
-            float sum = sum_[r] + __shfl_xor_sync(~0u, sum_[r], 1);
-            sum += __shfl_xor_sync(~0u, sum, 2);
+            float const sum = join_quad(sum_[r], Sum{});
             factor[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
-            float lost = lost_[r] + __shfl_xor_sync(~0u, lost_[r], 1);
-            lost += __shfl_xor_sync(~0u, lost, 2);
+            float const lost = join_quad(lost_[r], Sum{});
             lse[r] = sum == 0.0f ? -INFINITY : offset_[r] * kLn2 + logf(sum + lost);
         }
     }
@@ -191,11 +199,6 @@ class Softmax {
     struct Offsets {
         float row[2];
     };
-
-    // Place of the i-th of 16 columns that a thread holds of a block.
-    CUTLASS_DEVICE static constexpr int at(int block, int i, int row) {
-        return i % 2 + 2 * row + 4 * (8 * block + i / 2);
-    }
 
     // Independent chains of work: two warps a scheduler hide no latency.
     template <class Body>
@@ -211,10 +214,10 @@ class Softmax {
     template <class Scores>
     CUTLASS_DEVICE Offsets raise(Scores const& scores, float (&rescale)[2]) {
         float most[kBlocks][2];
-        for_all([&](int b, int r) { most[b][r] = scores(at(b, 0, r)); });
+        for_all([&](int b, int r) { most[b][r] = scores(score_place(b, 0, r)); });
         CUTLASS_PRAGMA_UNROLL
         for (int i = 1; i < 16; ++i) {
-            for_all([&](int b, int r) { most[b][r] = Max{}(most[b][r], scores(at(b, i, r))); });
+            for_all([&](int b, int r) { most[b][r] = Max{}(most[b][r], scores(score_place(b, i, r))); });
         }
         Offsets offsets;
         CUTLASS_PRAGMA_UNROLL
@@ -222,8 +225,7 @@ class Softmax {
             float largest = most[0][r];
             CUTLASS_PRAGMA_UNROLL
             for (int b = 1; b < kBlocks; ++b) { largest = Max{}(largest, most[b][r]); }
-            largest = Max{}(largest, __shfl_xor_sync(~0u, largest, 1));
-            largest = Max{}(largest, __shfl_xor_sync(~0u, largest, 2)) * scale_log2_;
+            largest = join_quad(largest, Max{}) * scale_log2_;
             bool const before = offset_[r] == offset_[r];
             if (before) { largest = Max{}(largest, offset_[r]); }
             rescale[r] = before ? exp2f(offset_[r] - largest) : 1.0f;
@@ -243,11 +245,11 @@ class Softmax {
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 8; ++i) {
             for_all([&](int b, int r) {
-                float const low = exp2f(scores(at(b, 2 * i, r)) * scale_log2_ - offsets.row[r]);
-                float const high = exp2f(scores(at(b, 2 * i + 1, r)) * scale_log2_ - offsets.row[r]);
+                float const low = exp2f(scores(score_place(b, 2 * i, r)) * scale_log2_ - offsets.row[r]);
+                float const high = exp2f(scores(score_place(b, 2 * i + 1, r)) * scale_log2_ - offsets.row[r]);
                 mass_[b][r] += low;
                 mass_[b][r] += high;
-                weights[at(b, 2 * i, r) / 2] = pack(low, high, Element{});
+                weights[score_place(b, 2 * i, r) / 2] = pack(low, high, Element{});
                 if constexpr (kTracking == Tracking::kRunningMax && !kPackedMax) {
                     most_[b][r] = Max{}(Max{}(most_[b][r], low), high);
                 }
@@ -262,7 +264,7 @@ class Softmax {
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 8; ++i) {
             for_all([&](int b, int r) {
-                float2 const pair = unpack(weights[at(b, 2 * i, r) / 2], Element{});
+                float2 const pair = unpack(weights[score_place(b, 2 * i, r) / 2], Element{});
                 lost[b][r] -= pair.x + pair.y;
             });
         }
@@ -283,7 +285,7 @@ class Softmax {
                 for_all([&](int b, int r) {
                     bool nothing = true;
                     CUTLASS_PRAGMA_UNROLL
-                    for (int i = 0; i < 16; ++i) { nothing = nothing && scores(at(b, i, r)) == -INFINITY; }
+                    for (int i = 0; i < 16; ++i) { nothing = nothing && scores(score_place(b, i, r)) == -INFINITY; }
                     if (unsure[r]) { mass_[b][r] = nothing ? 0.0f : INFINITY; }
                 });
             }
