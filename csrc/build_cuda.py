@@ -22,7 +22,8 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parent
 CUTLASS = "nvidia-cutlass==4.2.0.0"
 
-HEAD_DIMS = (64, 96, 128, 192, 256)
+FORWARD_HEAD_DIMS = (64, 96, 128, 192, 256)
+DECODE_HEAD_DIMS = (64, 128, 192, 256)
 
 FLAGS = "-std=c++17 -O3 -DNDEBUG -Xcompiler -fPIC,-fvisibility=hidden"
 KERNEL_FLAGS = (
@@ -65,11 +66,13 @@ def requirements() -> list[str]:
 
 def units() -> Iterator[tuple[str, str, str]]:
     """Object, source and flags of every unit; the kernels are several, which compile side by side."""
-    for head_dim, bfloat16 in itertools.product(HEAD_DIMS, (0, 1)):
-        name = f"forward_{head_dim}_{'bfloat16' if bfloat16 else 'float16'}.o"
-        defines = f"-DLITE_HEAD_DIM={head_dim} -DLITE_BFLOAT16={bfloat16}"
-        yield name, "sm90/forward/forward.cu", f"{KERNEL_FLAGS} {defines} -I$cutlass"
-    yield "dispatch.o", "sm90/forward/dispatch.cpp", ""
+    for operator, head_dims in (("forward", FORWARD_HEAD_DIMS), ("decode", DECODE_HEAD_DIMS)):
+        for head_dim, bfloat16 in itertools.product(head_dims, (0, 1)):
+            name = f"{operator}_{head_dim}_{'bfloat16' if bfloat16 else 'float16'}.o"
+            defines = f"-DLITE_HEAD_DIM={head_dim} -DLITE_BFLOAT16={bfloat16}"
+            yield name, f"sm90/{operator}/{operator}.cu", f"{KERNEL_FLAGS} {defines} -I$cutlass"
+        yield f"{operator}_dispatch.o", f"sm90/{operator}/dispatch.cpp", ""
+    yield "summarize.o", "sm90/decode/summarize.cu", KERNEL_FLAGS
     yield "torch_library.o", "torch_library.cpp", f"{TORCH_FLAGS} -isystem $torch/include"
 
 

@@ -7,6 +7,7 @@
 
 #include <optional>
 
+#include "sm90/decode/params.h"
 #include "sm90/forward/config.h"
 #include "sm90/forward/params.h"
 
@@ -19,13 +20,23 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr char const* kSchema =
+constexpr char const* kForwardSchema =
     "forward_sm90(Tensor query, Tensor key, Tensor value, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) counter, "
     "Tensor(d!)? mask, Tensor(e!)? lse_state, Tensor? thresholds, Tensor? must_visit, Tensor? must_skip, "
     "float scale, bool causal, bool mass) -> ()";
+constexpr char const* kSummarizeSchema =
+    "summarize_sm90(Tensor key_cache, Tensor slot_mapping, Tensor(a!) summaries) -> ()";
+constexpr char const* kDecodeSchema =
+    "decode_sm90(Tensor query, Tensor key_cache, Tensor value_cache, Tensor summaries, Tensor block_table, Tensor seq_lens, "
+    "Tensor slots, Tensor thresholds, Tensor visit_all, Tensor(a!) mask, Tensor(b!) lse_state, Tensor(c!) out, "
+    "Tensor(d!) lse, Tensor(e!) visited, Tensor(f!) workspace, float scale) -> ()";
 
 sm90::TensorView view(Tensor const& tensor) {
     return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+sm90::PagedView paged_view(Tensor const& cache) {
+    return {cache.data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)};
 }
 
 template <class T>
@@ -50,6 +61,15 @@ cudaStream_t current_stream(int32_t device) {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     return static_cast<cudaStream_t>(stream);
+}
+
+// Calls `kernels` with the current stream of a tensor's device. RuntimeError if it says that the launch failed.
+template <class Kernels>
+void launch(Tensor const& tensor, Kernels kernels) {
+    int32_t const device = tensor.get_device_index();
+    torch::stable::accelerator::DeviceGuard const guard(device);
+    char const* const error = kernels(current_stream(device));
+    STD_TORCH_CHECK(error == nullptr, error);
 }
 
 // The layouts of `sm90::ForwardParams`; results and state are written in place. RuntimeError if the launch fails.
@@ -100,24 +120,105 @@ void forward_sm90(
     params.rule = mass ? sm90::Rule::kMass : sm90::Rule::kRunningMax;
     params.dtype = dtype(query);
     if (params.batch == 0 || params.tokens_q == 0 || params.heads == 0) { return; }
+    launch(query, [&](cudaStream_t stream) { return sm90::forward(params, stream); });
+}
 
-    int32_t const device = query.get_device_index();
-    torch::stable::accelerator::DeviceGuard const guard(device);
-    char const* const error = sm90::forward(params, current_stream(device));
-    STD_TORCH_CHECK(error == nullptr, error);
+sm90::SummaryView summary_view(Tensor const& summaries) {
+    return {data<uint8_t>(summaries), summaries.stride(0), summaries.stride(1), summaries.stride(2)};
+}
+
+void summarize_sm90(Tensor const& key_cache, Tensor const& slot_mapping, Tensor const& summaries) {
+    sm90::SummarizeParams params{};
+    params.key = paged_view(key_cache);
+    params.summaries = summary_view(summaries);
+    params.slot_mapping = data<int64_t>(slot_mapping);
+    params.tokens = slot_mapping.size(0);
+    params.page_size = static_cast<int>(key_cache.size(1));
+    params.kv_heads = static_cast<int>(key_cache.size(2));
+    params.head_dim = static_cast<int>(key_cache.size(3));
+    params.dtype = dtype(key_cache);
+    if (params.tokens == 0) { return; }
+    launch(key_cache, [&](cudaStream_t stream) { return sm90::summarize(params, stream); });
+}
+
+// The layouts of `sm90::DecodeParams`; results and state are written in place. RuntimeError if the launch fails.
+void decode_sm90(
+    Tensor const& query,
+    Tensor const& key_cache,
+    Tensor const& value_cache,
+    Tensor const& summaries,
+    Tensor const& block_table,
+    Tensor const& seq_lens,
+    Tensor const& slots,
+    Tensor const& thresholds,
+    Tensor const& visit_all,
+    Tensor const& mask,
+    Tensor const& lse_state,
+    Tensor const& out,
+    Tensor const& lse,
+    Tensor const& visited,
+    Tensor const& workspace,
+    double scale) {
+    sm90::DecodeParams params{};
+    params.query = query.data_ptr();
+    params.query_row_stride = query.stride(0);
+    params.query_head_stride = query.stride(1);
+    params.key = paged_view(key_cache);
+    params.value = paged_view(value_cache);
+    params.summaries = summary_view(summaries);
+    params.block_table = data<int32_t>(block_table);
+    params.block_table_stride = block_table.stride(0);
+    params.seq_lens = data<int32_t>(seq_lens);
+    params.slots = data<int32_t>(slots);
+    params.thresholds = data<float>(thresholds);
+    params.visit_all = data<bool>(visit_all);
+    params.mask = data<int32_t>(mask);
+    params.mask_slot_stride = mask.stride(0);
+    params.mask_head_stride = mask.stride(1);
+    params.lse_state = data<float>(lse_state);
+    params.lse_state_stride = lse_state.stride(0);
+    params.out = out.data_ptr();
+    params.out_row_stride = out.stride(0);
+    params.out_head_stride = out.stride(1);
+    params.lse = data<float>(lse);
+    params.visited = data<int32_t>(visited);
+    params.workspace = workspace.data_ptr();
+    params.pages = static_cast<int>(key_cache.size(0));
+    params.rows = static_cast<int>(query.size(0));
+    params.row_pages = static_cast<int>(block_table.size(1));
+    params.page_size = static_cast<int>(key_cache.size(1));
+    params.heads = static_cast<int>(query.size(1));
+    params.kv_heads = static_cast<int>(key_cache.size(2));
+    params.head_dim = static_cast<int>(query.size(2));
+    params.scale = static_cast<float>(scale);
+    params.dtype = dtype(query);
+    if (params.rows == 0) { return; }
+    launch(query, [&](cudaStream_t stream) { return sm90::decode(params, stream); });
 }
 
 }  // namespace
 }  // namespace lite_attention
 
 // Lets the loader see that the kernels were built for the sizes that Python works with.
-extern "C" __attribute__((visibility("default"))) void lite_attention_tile_sizes(int* tile_q, int* block_k) {
+extern "C" __attribute__((visibility("default"))) void lite_attention_tile_sizes(int* tile_q, int* block_k, int* decode_block) {
     *tile_q = lite_attention::sm90::kTileQ;
     *block_k = lite_attention::sm90::kBlockK;
+    *decode_block = lite_attention::sm90::kDecodeBlock;
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(lite_attention, library) { library.def(lite_attention::kSchema); }
+extern "C" __attribute__((visibility("default"))) int64_t lite_attention_decode_workspace_bytes(
+    int rows, int heads, int kv_heads, int head_dim, int64_t max_tokens) {
+    return lite_attention::sm90::decode_workspace_bytes(rows, heads, kv_heads, head_dim, max_tokens);
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lite_attention, library) {
+    library.def(lite_attention::kForwardSchema);
+    library.def(lite_attention::kSummarizeSchema);
+    library.def(lite_attention::kDecodeSchema);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(lite_attention, CUDA, library) {
     library.impl("forward_sm90", TORCH_BOX(&lite_attention::forward_sm90));
+    library.impl("summarize_sm90", TORCH_BOX(&lite_attention::summarize_sm90));
+    library.impl("decode_sm90", TORCH_BOX(&lite_attention::decode_sm90));
 }

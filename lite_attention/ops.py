@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lite_attention import forward_cpu, forward_cuda, reference
+from lite_attention import decode_cuda, forward_cpu, forward_cuda, reference
 from lite_attention.native import cpu as kernels
 from lite_attention.options import check_rule
 from lite_attention.tiles import BLOCK_K, DECODE_BLOCK, TILE_Q, ceil_div, mask_words
@@ -250,83 +250,51 @@ def check_decode(
     _check("lse_state", lse_state, (mask.shape[0], heads), torch.float32, device)
 
 
+def _checked_summarize(implementation: Callable[..., None]) -> Callable[..., None]:
+    def summarize(key_cache: Tensor, slot_mapping: Tensor, summaries: Tensor) -> None:
+        check_cache(key_cache, summaries)
+        _check("slot_mapping", slot_mapping, (slot_mapping.numel(),), torch.int64, key_cache.device)
+        implementation(key_cache, slot_mapping, summaries)
+
+    return summarize
+
+
+def _checked_decode(
+    implementation: Callable[..., tuple[Tensor, Tensor, Tensor]],
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    def decode(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *checked, _scale = arguments
+        check_decode(*checked)
+        return implementation(*arguments)
+
+    return decode
+
+
 def _summarize_cpu(key_cache: Tensor, slot_mapping: Tensor, summaries: Tensor) -> None:
-    check_cache(key_cache, summaries)
-    _check("slot_mapping", slot_mapping, (slot_mapping.numel(),), torch.int64, key_cache.device)
     implementation = kernels if kernels.supports_keys(key_cache) else reference
     implementation.summarize(key_cache, slot_mapping, summaries)
 
 
-def _decode_cpu(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    summaries: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    slots: Tensor,
-    thresholds: Tensor,
-    visit_all: Tensor,
-    mask: Tensor,
-    lse_state: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_decode(
-        query,
-        key_cache,
-        value_cache,
-        summaries,
-        block_table,
-        seq_lens,
-        slots,
-        thresholds,
-        visit_all,
-        mask,
-        lse_state,
-    )
+def _decode_cpu(query: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     compiled = kernels.supports_keys(key_cache) and kernels.supports_values(value_cache)
     implementation = kernels if compiled else reference
-    return implementation.decode(
-        query,
-        key_cache,
-        value_cache,
-        summaries,
-        block_table,
-        seq_lens,
-        slots,
-        thresholds,
-        visit_all,
-        mask,
-        lse_state,
-        scale,
-    )
+    return implementation.decode(query, key_cache, value_cache, *rest)
 
 
 def _summarize_fake(key_cache: Tensor, slot_mapping: Tensor, summaries: Tensor) -> None:
     return None
 
 
-def _decode_fake(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    summaries: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    slots: Tensor,
-    thresholds: Tensor,
-    visit_all: Tensor,
-    mask: Tensor,
-    lse_state: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, heads, _ = query.shape
+def _decode_fake(query: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    rows, heads, _head_dim = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty((rows, heads), dtype=torch.float32, device=query.device)
     return out, lse, torch.empty((rows,), dtype=torch.int32, device=query.device)
 
 
-library.impl("summarize", _summarize_cpu, "CPU")
-library.impl("decode", _decode_cpu, "CPU")
+library.impl("summarize", _checked_summarize(_summarize_cpu), "CPU")
+library.impl("summarize", _checked_summarize(decode_cuda.summarize), "CUDA")
 torch.library.register_fake("lite_attention::summarize", _summarize_fake, lib=library)
+library.impl("decode", _checked_decode(_decode_cpu), "CPU")
+library.impl("decode", _checked_decode(decode_cuda.decode), "CUDA")
 torch.library.register_fake("lite_attention::decode", _decode_fake, lib=library)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lite_attention.tiles import BLOCK_K, TILE_Q
+from lite_attention.tiles import BLOCK_K, DECODE_BLOCK, TILE_Q
 
 LIBRARY = Path(__file__).parent / "liblite_attention_cuda.so"
 
@@ -39,19 +39,36 @@ def _load() -> str | None:
         return NOT_BUILT
     try:
         torch.ops.load_library(LIBRARY)
-        return tile_mismatch(ctypes.CDLL(str(LIBRARY)))
-    except OSError as error:
+        return tile_mismatch(_library())
+    except (OSError, AttributeError) as error:
         return f"cannot be loaded: {error}"
 
 
+@cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(LIBRARY))
+    library.lite_attention_decode_workspace_bytes.argtypes = [ctypes.c_int] * 4 + [ctypes.c_int64]
+    library.lite_attention_decode_workspace_bytes.restype = ctypes.c_int64
+    return library
+
+
 def tile_mismatch(library: ctypes.CDLL) -> str | None:
-    """None, or in which way the tiles that a library was built for are not those of `lite_attention.tiles`."""
-    tile_q, block_k = ctypes.c_int(), ctypes.c_int()
-    library.lite_attention_tile_sizes(ctypes.byref(tile_q), ctypes.byref(block_k))
-    if (tile_q.value, block_k.value) == (TILE_Q, BLOCK_K):
+    """None, or in which way the sizes that a library was built for are not those of `lite_attention.tiles`."""
+    sizes = tuple(ctypes.c_int() for _ in range(3))
+    library.lite_attention_tile_sizes(*map(ctypes.byref, sizes))
+    tile_q, block_k, decode_block = (size.value for size in sizes)
+    if (tile_q, block_k, decode_block) == (TILE_Q, BLOCK_K, DECODE_BLOCK):
         return None
-    built = f"built for tiles of {tile_q.value} queries and {block_k.value} keys"
-    return f"{built}, expected {TILE_Q} and {BLOCK_K}: install the package again"
+    built = f"built for tiles of {tile_q} queries and {block_k} keys, and decode blocks of {decode_block}"
+    return f"{built}, expected {TILE_Q}, {BLOCK_K} and {DECODE_BLOCK}: install the package again"
+
+
+def decode_workspace_bytes(rows: int, heads: int, kv_heads: int, head_dim: int, max_tokens: int) -> int:
+    """Bytes that the decode kernel works in; the kernels are there (`obstacle` is None).
+
+    ``max_tokens``: what a row of the block table has room for.
+    """
+    return int(_library().lite_attention_decode_workspace_bytes(rows, heads, kv_heads, head_dim, max_tokens))
 
 
 def status() -> tuple[bool, str]:

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lite_attention import forward_cuda, ops
 from lite_attention.native import cuda
-from lite_attention.tiles import BLOCK_K, TILE_Q
+from lite_attention.tiles import BLOCK_K, DECODE_BLOCK, TILE_Q
 
 ROOT = Path(__file__).parents[2]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a GPU")
@@ -105,7 +105,8 @@ def library_of(tmp_path: Path) -> Callable[[int, int], ctypes.CDLL]:
 
     def make(tile_q: int, block_k: int) -> ctypes.CDLL:
         source = tmp_path / "tiles.c"
-        source.write_text(f"void lite_attention_tile_sizes(int* q, int* k) {{ *q = {tile_q}; *k = {block_k}; }}")
+        sizes = f"*q = {tile_q}; *k = {block_k}; *decode = {DECODE_BLOCK};"
+        source.write_text(f"void lite_attention_tile_sizes(int* q, int* k, int* decode) {{ {sizes} }}")
         subprocess.run(["cc", "-shared", "-fPIC", source, "-o", tmp_path / "tiles.so"], check=True)
         return ctypes.CDLL(str(tmp_path / "tiles.so"))
 
@@ -120,7 +121,7 @@ def test_tiles_must_agree(tile_q: int, block_k: int, library_of: Callable[[int, 
         assert mismatch is None
     else:
         assert mismatch is not None
-        assert f"built for tiles of {tile_q} queries and {block_k} keys, expected {TILE_Q} and {BLOCK_K}" in mismatch
+        assert f"built for tiles of {tile_q} queries and {block_k} keys, and decode blocks of 16" in mismatch
 
 
 @pytest.mark.skipif(not cuda.LIBRARY.exists(), reason="the CUDA kernels are not built")

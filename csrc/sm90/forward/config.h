@@ -14,12 +14,11 @@ constexpr int kBlockK = 64;  // keys that are skipped together
 #ifdef __CUDACC__
 
 #include <cute/tensor.hpp>
-#include <cutlass/arch/barrier.h>
+
+#include "../common/math.h"
+#include "../common/ring.h"
 
 namespace lite_attention::sm90 {
-
-// Blocks that hold so many tokens, or tiles that hold so many queries.
-CUTLASS_HOST_DEVICE constexpr int ceil_div(int count, int size) { return (count + size - 1) / size; }
 
 // What a pass notes for the next one.
 enum class Tracking : int { kNone = 0, kRunningMax = 1, kMass = 2 };
@@ -142,27 +141,6 @@ struct Step {
     bool forced;     // whether a block of the row stays in any case
     // Bits of the blocks that each consumer warp wants to keep.
     alignas(8) uint8_t keep[kMaskWarps];
-};
-
-// The barriers of a ring of stages. The n-th use of the ring is at place n modulo kStages; one side fills it, the other empties
-// it. Those who wait count for themselves.
-template <int kStages>
-struct Ring {
-    uint64_t full[kStages];
-    uint64_t empty[kStages];
-
-    CUTLASS_DEVICE static int place(uint32_t n) { return n % kStages; }
-    CUTLASS_DEVICE void wait_full(uint32_t n) { cutlass::arch::ClusterBarrier::wait(&full[place(n)], n / kStages & 1); }
-    // Until the use before, kStages ago, is over.
-    CUTLASS_DEVICE void wait_empty(uint32_t n) { cutlass::arch::ClusterBarrier::wait(&empty[place(n)], n / kStages & 1 ^ 1); }
-
-    // How many arrivals fill a stage, and how many empty it.
-    CUTLASS_DEVICE void init(int fills, int empties) {
-        for (int i = 0; i < kStages; ++i) {
-            cutlass::arch::ClusterBarrier::init(&full[i], fills);
-            cutlass::arch::ClusterBarrier::init(&empty[i], empties);
-        }
-    }
 };
 
 template <class Config>

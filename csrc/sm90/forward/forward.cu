@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: MIT
 // Compiled once for each head size (LITE_HEAD_DIM) and type (LITE_BFLOAT16).
-#include <cudaTypedefs.h>
-
 #include <algorithm>
 #include <cmath>
 
+#include "../common/tensor_map.h"
 #include "kernel.h"
 #include "launch.h"
 
@@ -14,49 +13,14 @@ namespace {
 // Keys and values of the heads that are worked on at a time are to take about half of the L2 cache.
 constexpr int64_t kGroupBytes = 24 << 20;
 
-PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
-    static PFN_cuTensorMapEncodeTiled_v12000 const encode = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult found;
-        cudaError_t const error =
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-        bool const usable = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
-        return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(usable ? function : nullptr);
-    }();
-    return encode;
-}
-
 // Describes a tensor to the copy engine, in boxes of one plane of channels and `box_tokens` tokens.
 template <class Config>
 bool encode(
     CUtensorMap& map, TensorView const& view, int64_t tokens, int heads, int batch, int head_dim, int box_tokens) {
-    constexpr auto kType = cute::is_same_v<typename Config::Element, cutlass::bfloat16_t>
-                               ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                               : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
     constexpr auto kSwizzle = Config::kPlane == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
-    // A dimension of one element may come with any stride, also with one that the copy engine refuses.
-    auto stride = [&](int64_t elements, int64_t size) -> cuuint64_t {
-        return size > 1 ? elements * sizeof(typename Config::Element) : 16;
-    };
-    cuuint64_t const sizes[4] = {
-        static_cast<cuuint64_t>(head_dim), static_cast<cuuint64_t>(std::max<int64_t>(tokens, 1)),
-        static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
-    cuuint64_t const strides[3] = {
-        stride(view.token_stride, tokens), stride(view.head_stride, heads), stride(view.batch_stride, batch)};
-    cuuint32_t const box[4] = {Config::kPlane, static_cast<cuuint32_t>(box_tokens), 1, 1};
-    cuuint32_t const steps[4] = {1, 1, 1, 1};
-    return tensor_map_encoder()(
-               &map, kType, 4, view.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, kSwizzle,
-               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-// Streaming multiprocessors of the current device.
-int processors() {
-    int device = 0;
-    int count = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    return count;
+    return encode_tensor_map(
+        map, cute::is_same_v<typename Config::Element, cutlass::bfloat16_t>, view.data, {head_dim, tokens, heads, batch},
+        {view.token_stride, view.head_stride, view.batch_stride}, Config::kPlane, box_tokens, kSwizzle);
 }
 
 template <class Config>

@@ -29,9 +29,6 @@ struct KernelParams {
     float scale_log2;
 };
 
-using Barrier = cutlass::arch::ClusterBarrier;
-using CopyBarrier = cutlass::arch::ClusterTransactionBarrier;
-
 // A token that no tensor has: what is read there are zeros, without traffic.
 constexpr int kPastTheEnd = 1 << 30;
 

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "../common/dtype.h"
+
 namespace lite_attention::sm90 {
 
 // A tensor (batch, tokens, heads, head_dim) with a contiguous last dimension; strides in elements.
@@ -17,7 +19,6 @@ struct TensorView {
     int64_t head_stride;
 };
 
-enum class DType : int { kFloat16 = 0, kBFloat16 = 1 };
 enum class Rule : int { kRunningMax = 0, kMass = 1 };
 
 struct ForwardParams {

@@ -18,9 +18,6 @@
 
 namespace lite_attention::sm90 {
 
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-
 // Weights below are flushed to zero sooner or later: a rule that compares with less keeps the block.
 constexpr float kTiny = 0x1p-100f;
 

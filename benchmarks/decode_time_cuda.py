@@ -1,0 +1,201 @@
+"""How decode time falls with the share that is read: `lite_attention::decode` against vLLM's FlashAttention 3, paged.
+
+Both in one process, on the same cache in vLLM's layout (keys and values of a token side by side), each in a CUDA graph as
+engines run it, medians of `triton.testing.do_bench`. Which blocks are read is forced through the mask, with summaries from which no estimate passes the
+threshold, so that every share can be had; reading and scoring the summaries of all blocks is part of the time.
+
+The law of the forced lists: a sequence's head reads a share drawn log-normally around the mean (sigma 0.5), in runs of one block
+or more (geometric, two on average) at uniformly random places, and always its first and its newest two blocks.
+
+    python -m benchmarks.decode_time_cuda [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from triton.testing import do_bench
+
+from benchmarks.results import DIRECTORY, write_result
+from lite_attention import decode_cuda, ops
+from lite_attention.ranges import pack_bits
+from lite_attention.tiles import DECODE_BLOCK, ceil_div
+
+SEQUENCES = ((1, 131072), (16, 32768), (64, 8192), (64, 32768))
+SHARES = (0.25, 0.10, 0.0)
+HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 16
+SUMMARY_BYTES = 2 * HEAD_DIM + 8
+BLOCK_BYTES = 2 * DECODE_BLOCK * HEAD_DIM * 2
+SPLITS = 32
+NEVER = -1000.0
+DEVICE = "cuda"
+
+
+def read_bandwidth() -> float:
+    """Bytes a second at which PyTorch reads memory to reduce it."""
+    tensor = torch.ones(1 << 30, dtype=torch.float32, device=DEVICE)
+    return tensor.nbytes / (1e-3 * do_bench(lambda: torch.amax(tensor), return_mode="median"))
+
+
+def forced_bits(blocks: int, share: float) -> Tensor:
+    """Which blocks a head reads, (blocks,) bool."""
+    bits = torch.zeros(blocks, dtype=torch.bool)
+    wanted = round(blocks * min(1.0, share * math.exp(0.5 * float(torch.randn(())) - 0.125)))
+    while (missing := wanted - int(bits.sum())) > 0:
+        starts = torch.randint(blocks, (ceil_div(missing, 2),))
+        lengths = torch.empty(len(starts)).geometric_(0.5)
+        for more in range(int(lengths.max())):
+            bits[(starts[lengths > more] + more).clamp(max=blocks - 1)] = True
+    bits[0] = True
+    bits[-2:] = True
+    return bits
+
+
+class Case:
+    """One batch over one cache, and a call of each kernel on it."""
+
+    def __init__(self, rows: int, tokens: int) -> None:
+        torch.manual_seed(0)
+        self.rows, self.tokens, self.blocks = rows, tokens, tokens // DECODE_BLOCK
+        pages = rows * tokens // PAGE
+        cache = torch.empty(pages, PAGE, KV_HEADS, 2 * HEAD_DIM, dtype=torch.bfloat16, device=DEVICE).normal_()
+        self.key, self.value = cache.split(HEAD_DIM, -1)
+        self.query = torch.randn(rows, HEADS, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
+        self.table = torch.randperm(pages, device=DEVICE).view(rows, -1).int()
+        self.lengths = torch.full((rows,), tokens, dtype=torch.int32, device=DEVICE)
+        self.summaries = torch.zeros(ops.summaries_shape(self.key), dtype=torch.uint8, device=DEVICE)
+        self.summaries[..., 2 * HEAD_DIM :] = torch.full((2,), math.nan, device=DEVICE).view(torch.uint8)
+        self.out = torch.empty_like(self.query)
+
+    def flash(self) -> Callable[[], Any]:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
+
+        starts = torch.arange(self.rows + 1, dtype=torch.int32, device=DEVICE)
+        # As vLLM calls it in a graph: at most 32 splits, planned beforehand.
+        plan = get_scheduler_metadata(
+            batch_size=self.rows,
+            max_seqlen_q=1,
+            max_seqlen_k=self.tokens,
+            num_heads_q=HEADS,
+            num_heads_kv=KV_HEADS,
+            headdim=HEAD_DIM,
+            cache_seqlens=self.lengths,
+            qkv_dtype=torch.bfloat16,
+            cu_seqlens_q=starts,
+            page_size=PAGE,
+            causal=True,
+            num_splits=SPLITS,
+        )
+        return lambda: flash_attn_varlen_func(
+            q=self.query,
+            k=self.key,
+            v=self.value,
+            out=self.out,
+            cu_seqlens_q=starts,
+            max_seqlen_q=1,
+            seqused_k=self.lengths,
+            max_seqlen_k=self.tokens,
+            softmax_scale=HEAD_DIM**-0.5,
+            causal=True,
+            block_table=self.table,
+            scheduler_metadata=plan,
+            num_splits=SPLITS,
+            fa_version=3,
+        )
+
+    def lite(self, share: float | None) -> tuple[Callable[[], Any], float]:
+        """A call that reads about `share` of the blocks (None: dense, every row disabled), and the share that it reads."""
+        bits = torch.stack([forced_bits(self.blocks, share or 0.0) for _ in range(self.rows * KV_HEADS)])
+        mask = torch.stack([pack_bits(head) for head in bits]).view(self.rows, KV_HEADS, -1).to(DEVICE)
+        threshold = -math.inf if share is None else NEVER
+        visited = torch.zeros(self.rows, dtype=torch.int32, device=DEVICE)
+        lse = torch.empty(self.rows, HEADS, device=DEVICE)
+        size = decode_cuda.workspace_bytes(self.rows, HEADS, KV_HEADS, HEAD_DIM, self.tokens)
+        arguments: tuple[Any, ...] = (
+            self.out,
+            lse,
+            visited,
+            self.query,
+            self.key,
+            self.value,
+            self.summaries,
+            self.table,
+            self.lengths,
+            torch.arange(self.rows, dtype=torch.int32, device=DEVICE),
+            torch.full((self.rows,), threshold, device=DEVICE),
+            torch.zeros(self.rows, dtype=torch.bool, device=DEVICE),
+            mask,
+            torch.zeros(self.rows, HEADS, device=DEVICE),
+            HEAD_DIM**-0.5,
+            torch.empty(size, dtype=torch.uint8, device=DEVICE),
+        )
+        decode_cuda.decode_into(*arguments)
+        read = float(visited.sum()) / (self.rows * KV_HEADS * self.blocks)
+        return lambda: decode_cuda.decode_into(*arguments), read
+
+    def read_bytes(self, share: float, scored: bool) -> float:
+        blocks = self.rows * KV_HEADS * self.blocks
+        return blocks * (share * BLOCK_BYTES + scored * SUMMARY_BYTES)
+
+
+def median_ms(call: Callable[[], Any]) -> float:
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return float(do_bench(graph.replay, warmup=50, rep=200, return_mode="median"))
+
+
+def measure(rows: int, tokens: int, bandwidth: float, against_flash: bool) -> list[dict[str, Any]]:
+    case = Case(rows, tokens)
+    flash = median_ms(case.flash()) if against_flash else None
+    results = []
+    for share in (None, *SHARES):
+        call, read = case.lite(share)
+        taken = median_ms(call)
+        results.append(
+            {
+                "sequences": rows,
+                "tokens": tokens,
+                "share": share,
+                "read": read,
+                "milliseconds": taken,
+                "flash_milliseconds": flash,
+                "speedup": flash / taken if flash else None,
+                "bandwidth": case.read_bytes(read, share is not None) / (1e-3 * taken) / bandwidth,
+            }
+        )
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=DIRECTORY, help="folder for the result (default: %(default)s)")
+    parser.add_argument("--without-flash", action="store_true", help="leave out vLLM, where it is not installed")
+    args = parser.parse_args()
+    bandwidth = read_bandwidth()
+    rows = []
+    for sequences, tokens in tqdm(SEQUENCES, unit="batch"):
+        rows += measure(sequences, tokens, bandwidth, not args.without_flash)
+        torch.cuda.empty_cache()
+    print(f"read bandwidth {bandwidth / 1e12:.2f} TB/s")
+    for row in rows:
+        share = "dense" if row["share"] is None else f"{row['share']:.0%}"
+        speedup = f"{row['speedup']:.2f} x FlashAttention 3" if row["speedup"] else ""
+        print(
+            f"{row['sequences']:3} x {row['tokens']:6} {share:>5} (read {row['read']:.3f}): "
+            f"{1e3 * row['milliseconds']:7.1f} us, {row['bandwidth']:.2f} of the bandwidth  {speedup}"
+        )
+    options = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "page_size": PAGE, "bandwidth": bandwidth}
+    write_result("decode_time_cuda", options, rows, args.out)
+
+
+if __name__ == "__main__":
+    main()

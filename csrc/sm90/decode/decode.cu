@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: MIT
+// Compiled once for each head size (LITE_HEAD_DIM) and type (LITE_BFLOAT16).
+#include "../common/tensor_map.h"
+#include "kernel.h"
+#include "launch.h"
+#include "workspace.h"
+
+namespace lite_attention::sm90 {
+namespace {
+
+bool encode(CUtensorMap& map, DecodeParams const& params, PagedView const& view) {
+    return encode_tensor_map(
+        map, params.dtype == DType::kBFloat16, view.data, {params.head_dim, params.page_size, params.kv_heads, params.pages},
+        {view.token_stride, view.head_stride, view.page_stride}, kPlane, kDecodeBlock, CU_TENSOR_MAP_SWIZZLE_128B);
+}
+
+template <class Config>
+char const* launch(DecodeParams const& params, cudaStream_t stream) {
+    KernelParams kernel_params{};
+    if (!encode(kernel_params.key, params, params.key) || !encode(kernel_params.value, params, params.value)) {
+        return "the copy engine refuses the cache: expected 16-byte aligned data and strides";
+    }
+    WorkspaceLayout const layout(
+        params.rows, params.heads, params.kv_heads, params.head_dim,
+        static_cast<int64_t>(params.row_pages) * params.page_size);
+    auto* const memory = static_cast<uint8_t*>(params.workspace);
+    kernel_params.call = params;
+    kernel_params.workspace = {
+        reinterpret_cast<int32_t*>(memory),
+        reinterpret_cast<int32_t*>(memory) + 1,
+        reinterpret_cast<uint32_t*>(memory + layout.visited),
+        reinterpret_cast<float*>(memory + layout.masses),
+        reinterpret_cast<float*>(memory + layout.lse),
+        reinterpret_cast<float*>(memory + layout.out),
+        layout.words,
+        layout.segments};
+    kernel_params.group = params.heads / params.kv_heads;
+    kernel_params.scale_log2 = params.scale * kLog2E;
+
+    auto const kernel = decode_kernel<Config>;
+    int const shared_bytes = static_cast<int>(sizeof(SharedStorage<Config>) + params.rows * sizeof(int));
+    static_assert(sizeof(SharedStorage<Config>) + kMaxRows * sizeof(int) <= kSharedBytes);
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error == cudaSuccess) { error = cudaMemsetAsync(memory, 0, layout.zeroed, stream); }
+    if (error == cudaSuccess) {
+        int64_t const units = static_cast<int64_t>(layout.segments) * params.kv_heads * params.rows;
+        auto const grid = static_cast<unsigned>(std::min<int64_t>(units, processors()));
+        kernel<<<grid, Config::kThreads, shared_bytes, stream>>>(kernel_params);
+        error = cudaGetLastError();
+    }
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+template <int kHeadDim, bool kBFloat16>
+char const* launch_decode(DecodeParams const& params, cudaStream_t stream) {
+    using Element = std::conditional_t<kBFloat16, __nv_bfloat16, __half>;
+    if (tensor_map_encoder() == nullptr) { return "the CUDA driver is too old: it has no tensor maps"; }
+    return params.heads / params.kv_heads <= kHeadTile ? launch<Config<kHeadDim, Element, 1>>(params, stream)
+                                                       : launch<Config<kHeadDim, Element, 2>>(params, stream);
+}
+
+template char const* launch_decode<LITE_HEAD_DIM, LITE_BFLOAT16>(DecodeParams const&, cudaStream_t);
+
+}  // namespace lite_attention::sm90

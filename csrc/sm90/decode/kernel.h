@@ -1,0 +1,658 @@
+// SPDX-License-Identifier: MIT
+// The decode kernel. A thread block takes one segment of a sequence and one key head after the other: some warps score the
+// segment's blocks and list those to visit, one warp has them fetched, others attend to them, block by block, each warp with a
+// softmax of its own. The thread block that finishes a sequence's head last puts the segments together and updates the state.
+// Segments begin at fixed places, so what a row gets does not depend on its batch.
+#pragma once
+
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "config.h"
+#include "score.h"
+
+namespace lite_attention::sm90 {
+
+// What the segments of a call leave for each other.
+struct Workspace {
+    int32_t* drawn;     // units of work that have begun beside each thread block's first; zeroed by the launch
+    int32_t* finished;  // (rows, kv_heads) segments that are done; zeroed by the launch
+    uint32_t* visited;  // (rows, kv_heads, words) blocks that were visited
+    float* masses;      // (rows, kv_heads, blocks, group) log2 of a block's mass, of blocks that were visited
+    float* lse;         // (rows, kv_heads, segments, group) of a segment, in log2 units
+    float* out;         // (rows, kv_heads, segments, head_dim, group) of a segment; not written where its lse is -inf
+
+    int words;
+    int segments;
+};
+
+struct KernelParams {
+    // (channels, tokens of a page, key heads, pages)
+    CUtensorMap key;
+    CUtensorMap value;
+    DecodeParams call;
+    Workspace workspace;
+    int group;  // query heads of a key head
+    float scale_log2;
+};
+
+CUTLASS_DEVICE int segments_of(int length) { return max(1, ceil_div(length, kSegmentBlocks * kDecodeBlock)); }
+
+CUTLASS_DEVICE void sync_warps(int barrier, int warps) { cutlass::arch::NamedBarrier::sync(warps * kWarp, barrier + 8); }
+
+// Fills in which unit of work is the first of each row. Runs in the whole thread block.
+template <class Config>
+CUTLASS_DEVICE void number_units(KernelParams const& params, SharedStorage<Config>& shared) {
+    DecodeParams const& call = params.call;
+    int* const first_unit = shared.first_unit;
+    for (int row = threadIdx.x; row < call.rows; row += Config::kThreads) {
+        first_unit[row] = segments_of(call.seq_lens[row]) * call.kv_heads;
+    }
+    __syncthreads();
+    if (threadIdx.x < kWarp) {
+        int before = 0;
+        for (int start = 0; start < call.rows; start += kWarp) {
+            int const row = start + threadIdx.x;
+            int const units = row < call.rows ? first_unit[row] : 0;
+            int sum = units;
+            CUTLASS_PRAGMA_UNROLL
+            for (int distance = 1; distance < kWarp; distance *= 2) {
+                int const other = __shfl_up_sync(~0u, sum, distance);
+                if (static_cast<int>(threadIdx.x) >= distance) { sum += other; }
+            }
+            if (row < call.rows) { first_unit[row] = before + sum - units; }
+            before += __shfl_sync(~0u, sum, kWarp - 1);
+        }
+        if (threadIdx.x == 0) { first_unit[call.rows] = before; }
+    }
+    __syncthreads();
+}
+
+// Draws units of work and lists what each visits. Runs in kScorers warps.
+template <class Config>
+CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shared) {
+    using Element = typename Config::Element;
+    constexpr int kWords = kSegmentWords / Config::kScorers;  // of a warp
+    DecodeParams const& call = params.call;
+    Workspace const& workspace = params.workspace;
+    int const thread = threadIdx.x;
+    int const warp = thread / kWarp;
+    int const lane = thread % kWarp;
+    int const blocks_of_page = call.page_size / kDecodeBlock;
+    int const group = params.group;
+    int const units = shared.first_unit[call.rows];
+    int next = blockIdx.x;
+
+    for (uint32_t n = 0;; ++n) {
+        if (thread == 0) { shared.drawn = next; }
+        shared.units.wait_empty(n);
+        sync_warps(kScorerBarrier, Config::kScorers);
+        int const index = shared.drawn;
+        Unit<Config>& unit = shared.unit[shared.units.place(n)];
+        uint64_t* const full = &shared.units.full[shared.units.place(n)];
+        if (index >= units) {
+            if (thread == 0) { unit.row = -1; }
+            Barrier::arrive(full);
+            break;
+        }
+        if (thread == 0) { next = gridDim.x + atomicAdd(workspace.drawn, 1); }
+
+        int row = 0;
+        for (int end = call.rows; row + 1 < end;) {
+            int const middle = (row + end) / 2;
+            (shared.first_unit[middle] <= index ? row : end) = middle;
+        }
+        int const kv_head = (index - shared.first_unit[row]) % call.kv_heads;
+        int const segment = (index - shared.first_unit[row]) / call.kv_heads;
+        int const length = max(0, call.seq_lens[row]);
+        float const threshold = call.thresholds[row];
+        int const slot = call.slots[row];
+        int const blocks = ceil_div(length, kDecodeBlock);
+        bool const tracked = threshold != -INFINITY && length > 0;
+        bool const everything = !tracked || call.visit_all[row];
+        int const first_word = segment * kSegmentWords + warp * kWords;
+
+        int page[kWords];
+        int place[kWords];
+        uint32_t word[kWords];
+        CUTLASS_PRAGMA_UNROLL
+        for (int w = 0; w < kWords; ++w) {
+            int const block = (first_word + w) * kWordBlocks + lane;
+            bool const exists = block < blocks;
+            page[w] = exists ? call.block_table[row * call.block_table_stride + block / blocks_of_page] : 0;
+            place[w] = exists ? block % blocks_of_page : 0;
+            word[w] = __ballot_sync(~0u, exists);
+        }
+        Element const* const query = static_cast<Element const*>(call.query) + row * call.query_row_stride +
+                                     kv_head * group * call.query_head_stride;
+        if (!everything) {
+            float const* const lse_before = call.lse_state + slot * call.lse_state_stride + kv_head * group;
+            int32_t const* const mattered =
+                call.mask + slot * call.mask_slot_stride + kv_head * call.mask_head_stride + first_word;
+            uint32_t visits[kWords];
+            CUTLASS_PRAGMA_UNROLL
+            for (int w = 0; w < kWords; ++w) {
+                visits[w] = 0;
+                if (word[w] == 0) { continue; }
+                visits[w] = mattered[w];
+                // The first block, and the newest two, which may have no summary yet.
+                int const block = (first_word + w) * kWordBlocks + lane;
+                visits[w] |= __ballot_sync(~0u, block == 0 || block >= blocks - 2);
+            }
+            CUTLASS_PRAGMA_UNROLL
+            for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
+                int const first_head = tile * kHeadTile;
+                ScoringQuery<Config> scoring;
+                scoring.load(
+                    query + first_head * call.query_head_stride, call.query_head_stride, group - first_head, call.head_dim);
+                int const head = first_head + lane % 4 * 2;
+                float2 const limit{
+                    head < group ? threshold + lse_before[head] * kLog2E : INFINITY,
+                    head + 1 < group ? threshold + lse_before[head + 1] * kLog2E : INFINITY};
+                CUTLASS_PRAGMA_UNROLL
+                for (int w = 0; w < kWords; ++w) {
+                    if (word[w] == 0) { continue; }
+                    uint8_t const* const summary = call.summaries.data + page[w] * call.summaries.page_stride +
+                                                   kv_head * call.summaries.head_stride +
+                                                   place[w] * call.summaries.block_stride;
+                    visits[w] |= score<Config>(scoring, summary, call.head_dim, params.scale_log2, limit);
+                }
+            }
+            CUTLASS_PRAGMA_UNROLL
+            for (int w = 0; w < kWords; ++w) { word[w] &= visits[w]; }
+        }
+        if (lane == 0) {
+            CUTLASS_PRAGMA_UNROLL
+            for (int w = 0; w < kWords; ++w) {
+                shared.counts[warp * kWords + w] = __popc(word[w]);
+                if (tracked && first_word + w < workspace.words) {
+                    workspace.visited[(static_cast<int64_t>(row) * call.kv_heads + kv_head) * workspace.words + first_word + w] =
+                        word[w];
+                }
+            }
+        }
+        sync_warps(kScorerBarrier, Config::kScorers);
+
+        int total = 0;
+        int before[kWords];
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kSegmentWords; ++i) {
+            if (i / kWords == warp) { before[i % kWords] = total; }
+            total += shared.counts[i];
+        }
+        CUTLASS_PRAGMA_UNROLL
+        for (int w = 0; w < kWords; ++w) {
+            if (word[w] >> lane & 1) {
+                int const i = before[w] + __popc(word[w] & ((1u << lane) - 1));
+                unit.page[i] = page[w];
+                unit.block[i] = static_cast<uint8_t>((warp * kWords + w) * kWordBlocks + lane);
+            }
+        }
+        constexpr int kVector = 8;  // elements that are copied at a time
+        constexpr int kRowVectors = Config::kHeadDim / kVector;
+        for (int i = thread; i < Config::kHeads * kRowVectors; i += Config::kScorers * kWarp) {
+            int const head = i / kRowVectors;
+            int const channel = i % kRowVectors * kVector;
+            bool const exists = head < group && channel < call.head_dim;
+            *reinterpret_cast<uint4*>(unit.query + head * Config::kQueryRow + channel) =
+                exists ? *reinterpret_cast<uint4 const*>(query + head * call.query_head_stride + channel) : uint4{};
+        }
+        if (thread == 0) {
+            unit.row = row;
+            unit.kv_head = kv_head;
+            unit.segment = segment;
+            unit.segments = segments_of(length);
+            unit.length = length;
+            unit.slot = slot;
+            unit.blocks = total;
+            unit.threshold = threshold;
+            unit.tracked = tracked;
+        }
+        Barrier::arrive(full);
+    }
+}
+
+// Has the listed blocks fetched. Runs in one warp, a few lanes of which take turns: what each waits for overlaps.
+template <class Config>
+CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& shared) {
+    constexpr int kLanes = 4;
+    constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
+    int const lane = threadIdx.x % kWarp;
+    int const blocks_of_page = params.call.page_size / kDecodeBlock;
+    uint32_t fetched = 0;
+    for (uint32_t n = 0;; ++n) {
+        shared.units.wait_full(n);
+        Unit<Config> const& unit = shared.unit[shared.units.place(n)];
+        if (unit.row < 0) { break; }
+        int const blocks = unit.blocks;
+        int const kv_head = unit.kv_head;
+        int const first_block = unit.segment * kSegmentBlocks;
+        for (int first = 0; first < blocks; first += kLanes) {
+            int const i = first + lane;
+            if (lane < kLanes && i < blocks) {
+                int const page = unit.page[i];
+                int const token = (first_block + unit.block[i]) % blocks_of_page * kDecodeBlock;
+                int const stage = shared.stages.place(fetched + i);
+                uint64_t* const full = &shared.stages.full[stage];
+                shared.stages.wait_empty(fetched + i);
+                CopyBarrier::arrive_and_expect_tx(full, Config::kStageBytes);
+                CUTLASS_PRAGMA_UNROLL
+                for (int plane = 0; plane < Config::kPlanes; ++plane) {
+                    int const to = stage * Config::kStageElements + plane * kDecodeBlock * kPlane;
+                    cute::SM90_TMA_LOAD_4D::copy(
+                        &params.key, full, kHint, shared.key + to, plane * kPlane, token, kv_head, page);
+                    cute::SM90_TMA_LOAD_4D::copy(
+                        &params.value, full, kHint, shared.value + to, plane * kPlane, token, kv_head, page);
+                }
+            }
+            // No lane may wait for a stage that another has yet to fill the time before.
+            __syncwarp();
+        }
+        fetched += blocks;
+        if (lane == 0) { Barrier::arrive(&shared.units.empty[shared.units.place(n)]); }
+    }
+}
+
+// Four 8 x 8 matrices from shared memory; lanes 8 i to 8 i + 7 give the rows of the i-th.
+CUTLASS_DEVICE void load_matrices(uint32_t (&matrices)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                 : "r"(address));
+}
+CUTLASS_DEVICE void load_transposed(uint32_t (&matrices)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                 : "r"(address));
+}
+CUTLASS_DEVICE uint32_t transpose(uint32_t matrix) {
+    uint32_t transposed;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(matrix));
+    return transposed;
+}
+
+CUTLASS_DEVICE uint32_t pack(float low, float high, __half) { return bits(__floats2half2_rn(low, high)); }
+CUTLASS_DEVICE uint32_t pack(float low, float high, __nv_bfloat16) {
+    __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<uint32_t const&>(pair);
+}
+
+// Over the eight lanes that hold other keys, or channels, of the same heads.
+template <class Join>
+CUTLASS_DEVICE float join_keys(float value, Join join) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int distance = 4; distance < kWarp; distance *= 2) {
+        value = join(value, __shfl_xor_sync(~0u, value, distance));
+    }
+    return value;
+}
+CUTLASS_DEVICE float add(float a, float b) { return a + b; }
+
+// What a warp has gathered of a segment. Products have keys or channels as rows and heads as columns: a thread holds the heads
+// 2 * (lane % 4) and the one after, at rows lane / 4 and 8 further.
+template <class Config>
+struct Gathered {
+    static constexpr int kTiles = Config::kHeadDim / 16;
+    float max[Config::kHeadTiles][2];
+    float sum[Config::kHeadTiles][2];  // of this thread's keys
+    float out[Config::kHeadTiles][kTiles][4];
+
+    CUTLASS_DEVICE void clear() {
+        CUTLASS_PRAGMA_UNROLL
+        for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
+            CUTLASS_PRAGMA_UNROLL
+            for (int h = 0; h < 2; ++h) {
+                max[tile][h] = -INFINITY;
+                sum[tile][h] = 0.0f;
+            }
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < kTiles; ++i) {
+                CUTLASS_PRAGMA_UNROLL
+                for (int j = 0; j < 4; ++j) { out[tile][i][j] = 0.0f; }
+            }
+        }
+    }
+};
+
+// Adds a block whose keys and values lie at those addresses of shared memory. `keys`: how many of its keys exist. `masses`:
+// where to note what each head's block weighs, null for nowhere.
+template <class Config>
+CUTLASS_DEVICE void attend(
+    Gathered<Config>& gathered, uint32_t key, uint32_t value, uint32_t const (&query)[Config::kHeadTiles][Config::kHeadDim / 16][2],
+    int keys, float scale_log2, float* masses, int group) {
+    using Element = typename Config::Element;
+    constexpr int kTiles = Config::kHeadDim / 16;
+    constexpr uint32_t kPlaneBytes = kDecodeBlock * kPlane * 2;
+    int const lane = threadIdx.x % kWarp;
+    // Rows of 128 bytes whose 16-byte pieces the copy engine has put in another order in each.
+    auto address = [&](uint32_t base, int row, int tile, int piece) {
+        return base + tile / 4 * kPlaneBytes + row * 128 + ((tile % 4 * 2 + piece) ^ row % 8) * 16;
+    };
+
+    // Two chains of products are twice as fast as one.
+    float scores[Config::kHeadTiles][2][4] = {};
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kTiles; ++i) {
+        uint32_t matrices[4];
+        load_matrices(matrices, address(key, lane % 16, i, lane / 16));
+        CUTLASS_PRAGMA_UNROLL
+        for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
+            mma(scores[tile][i % 2], matrices, query[tile][i][0], query[tile][i][1], Element{});
+        }
+    }
+    uint32_t weights[Config::kHeadTiles][2];
+    CUTLASS_PRAGMA_UNROLL
+    for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
+        float score[4];
+        CUTLASS_PRAGMA_UNROLL
+        for (int j = 0; j < 4; ++j) {
+            bool const exists = lane / 4 + j / 2 * 8 < keys;
+            score[j] = exists ? (scores[tile][0][j] + scores[tile][1][j]) * scale_log2 : -INFINITY;
+        }
+        float block_sum[2];
+        float offset[2];
+        CUTLASS_PRAGMA_UNROLL
+        for (int h = 0; h < 2; ++h) {
+            float const before = gathered.max[tile][h];
+            float const now = fmaxf(before, join_keys(fmaxf(score[h], score[h + 2]), fmaxf));
+            offset[h] = now == -INFINITY ? 0.0f : now;
+            if (__any_sync(~0u, now > before)) {
+                float const factor = exp2f(before - offset[h]);
+                gathered.sum[tile][h] *= factor;
+                CUTLASS_PRAGMA_UNROLL
+                for (int i = 0; i < kTiles; ++i) {
+                    gathered.out[tile][i][h] *= factor;
+                    gathered.out[tile][i][h + 2] *= factor;
+                }
+                gathered.max[tile][h] = now;
+            }
+            score[h] = exp2f(score[h] - offset[h]);
+            score[h + 2] = exp2f(score[h + 2] - offset[h]);
+            block_sum[h] = score[h] + score[h + 2];
+            gathered.sum[tile][h] += block_sum[h];
+        }
+        weights[tile][0] = transpose(pack(score[0], score[1], Element{}));
+        weights[tile][1] = transpose(pack(score[2], score[3], Element{}));
+        if (masses != nullptr) {
+            CUTLASS_PRAGMA_UNROLL
+            for (int h = 0; h < 2; ++h) {
+                float const mass = log2f(join_keys(block_sum[h], add)) + offset[h];
+                int const head = tile * kHeadTile + lane * 2 + h;
+                if (lane < 4 && head < group) { masses[head] = mass; }
+            }
+        }
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kTiles; ++i) {
+        uint32_t matrices[4];
+        load_transposed(matrices, address(value, lane % 8 + lane / 16 * 8, i, lane / 8 % 2));
+        CUTLASS_PRAGMA_UNROLL
+        for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
+            mma(gathered.out[tile][i], matrices, weights[tile][0], weights[tile][1], Element{});
+        }
+    }
+}
+
+// The end of a sequence's head, once its log-sum-exps (in log2 units) are in shared memory: what the state and the caller get
+// to know of it. Runs in the consumers.
+template <class Config>
+CUTLASS_DEVICE void conclude(KernelParams const& params, SharedStorage<Config>& shared, Unit<Config> const& unit, int thread) {
+    DecodeParams const& call = params.call;
+    Workspace const& workspace = params.workspace;
+    int const group = params.group;
+    int const lane = thread % kWarp;
+    int const first_head = unit.kv_head * group;
+    int const blocks = ceil_div(unit.length, kDecodeBlock);
+    if (thread < group) {
+        float const lse = shared.lse[thread] * kLn2;
+        call.lse[static_cast<int64_t>(unit.row) * call.heads + first_head + thread] = lse;
+        if (unit.tracked) { call.lse_state[unit.slot * call.lse_state_stride + first_head + thread] = lse; }
+    }
+    if (!unit.tracked) {
+        if (thread == 0) { atomicAdd(&call.visited[unit.row], blocks); }
+        return;
+    }
+    int64_t const pair = static_cast<int64_t>(unit.row) * call.kv_heads + unit.kv_head;
+    int32_t* const mask = call.mask + unit.slot * call.mask_slot_stride + unit.kv_head * call.mask_head_stride;
+    int count = 0;
+    for (int word = thread / kWarp; word < ceil_div(blocks, kWordBlocks); word += Config::kConsumers) {
+        // Written by other thread blocks.
+        uint32_t const visited = __ldcg(&workspace.visited[pair * workspace.words + word]);
+        bool keeps = false;
+        if (visited >> lane & 1) {
+            float const* const masses =
+                workspace.masses + (pair * workspace.words * kWordBlocks + word * kWordBlocks + lane) * group;
+            for (int head = 0; head < group; ++head) {
+                keeps |= __ldcg(&masses[head]) - shared.lse[head] > unit.threshold;
+            }
+        }
+        uint32_t const kept = __ballot_sync(~0u, keeps);
+        if (lane == 0) { mask[word] = (mask[word] & ~visited) | kept; }
+        count += __popc(visited);
+    }
+    if (lane == 0 && count > 0) { atomicAdd(&call.visited[unit.row], count); }
+}
+
+// Puts the segments of a sequence's head together, in their order. Runs in the consumers of one thread block.
+template <class Config>
+CUTLASS_DEVICE void combine(KernelParams const& params, SharedStorage<Config>& shared, Unit<Config> const& unit, int thread) {
+    using Element = typename Config::Element;
+    DecodeParams const& call = params.call;
+    Workspace const& workspace = params.workspace;
+    int const group = params.group;
+    int const lane = thread % kWarp;
+    int64_t const first = (static_cast<int64_t>(unit.row) * call.kv_heads + unit.kv_head) * workspace.segments;
+    float const* const lses = workspace.lse + first * group;
+    for (int head = thread / kWarp; head < group; head += Config::kConsumers) {
+        float largest = -INFINITY;
+        for (int i = lane; i < unit.segments; i += kWarp) { largest = fmaxf(largest, __ldcg(&lses[i * group + head])); }
+        for (int distance = 1; distance < kWarp; distance *= 2) {
+            largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
+        }
+        float const offset = largest == -INFINITY ? 0.0f : largest;
+        float sum = 0.0f;
+        for (int i = lane; i < unit.segments; i += kWarp) { sum += exp2f(__ldcg(&lses[i * group + head]) - offset); }
+        for (int distance = 1; distance < kWarp; distance *= 2) { sum += __shfl_xor_sync(~0u, sum, distance); }
+        if (lane == 0) { shared.lse[head] = offset + log2f(sum); }
+    }
+    sync_warps(kConsumerBarrier, Config::kConsumers);
+    float const* const outs = workspace.out + first * call.head_dim * group;
+    Element* const out = static_cast<Element*>(call.out) + unit.row * call.out_row_stride +
+                         unit.kv_head * group * call.out_head_stride;
+    int const items = call.head_dim * group;
+    for (int item = thread; item < items; item += Config::kConsumers * kWarp) {
+        int const head = item % group;
+        float const lse = shared.lse[head];
+        float sum = 0.0f;
+#pragma unroll 8
+        for (int i = 0; i < unit.segments; ++i) {
+            float const weight = exp2f(__ldcg(&lses[i * group + head]) - lse);
+            float const part = __ldcg(&outs[static_cast<int64_t>(i) * items + item]);
+            sum += weight > 0.0f ? weight * part : 0.0f;
+        }
+        out[head * call.out_head_stride + item / group] = static_cast<Element>(sum);
+    }
+    conclude(params, shared, unit, thread);
+}
+
+// Puts together what the warps have gathered of a segment. Runs in the consumers.
+template <class Config>
+CUTLASS_DEVICE void merge(
+    KernelParams const& params, SharedStorage<Config>& shared, Unit<Config> const& unit, Gathered<Config>& gathered,
+    int thread) {
+    using Element = typename Config::Element;
+    DecodeParams const& call = params.call;
+    Workspace const& workspace = params.workspace;
+    int const group = params.group;
+    int const warp = thread / kWarp;
+    int const lane = thread % kWarp;
+    bool const alone = unit.segments == 1;
+    int64_t const pair = static_cast<int64_t>(unit.row) * call.kv_heads + unit.kv_head;
+    int64_t const part = pair * workspace.segments + unit.segment;
+    bool const empty = unit.blocks == 0;
+
+    CUTLASS_PRAGMA_UNROLL
+    for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int h = 0; h < 2; ++h) {
+            float const sum = join_keys(gathered.sum[tile][h], add);
+            if (lane < 4) {
+                shared.max[warp][tile * kHeadTile + lane * 2 + h] = gathered.max[tile][h];
+                shared.sum[warp][tile * kHeadTile + lane * 2 + h] = sum;
+            }
+        }
+    }
+    sync_warps(kConsumerBarrier, Config::kConsumers);
+    CUTLASS_PRAGMA_UNROLL
+    for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
+        float factor[2];
+        CUTLASS_PRAGMA_UNROLL
+        for (int h = 0; h < 2; ++h) {
+            int const head = tile * kHeadTile + lane % 4 * 2 + h;
+            float largest = -INFINITY;
+            CUTLASS_PRAGMA_UNROLL
+            for (int w = 0; w < Config::kConsumers; ++w) { largest = fmaxf(largest, shared.max[w][head]); }
+            float const offset = largest == -INFINITY ? 0.0f : largest;
+            float sum = 0.0f;
+            CUTLASS_PRAGMA_UNROLL
+            for (int w = 0; w < Config::kConsumers; ++w) { sum += shared.sum[w][head] * exp2f(shared.max[w][head] - offset); }
+            factor[h] = sum > 0.0f || sum != sum ? exp2f(gathered.max[tile][h] - offset) / sum : 0.0f;
+            if (warp == 0 && lane < 4 && head < group) {
+                float const lse = offset + log2f(sum);
+                shared.lse[head] = lse;
+                if (!alone) { workspace.lse[part * group + head] = lse; }
+            }
+        }
+        CUTLASS_PRAGMA_UNROLL
+        for (int slice = 0; slice < Config::kPlanes; ++slice) {
+            if (empty && !alone) { continue; }
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < kPlane / 16; ++i) {
+                float const (&out)[4] = gathered.out[tile][slice * (kPlane / 16) + i];
+                CUTLASS_PRAGMA_UNROLL
+                for (int r = 0; r < 2; ++r) {
+                    shared.slice[warp][(i * 16 + r * 8) * (kHeadTile / 2) + lane] = {
+                        out[2 * r] * factor[0], out[2 * r + 1] * factor[1]};
+                }
+            }
+            sync_warps(kConsumerBarrier, Config::kConsumers);
+            int const channel = slice * kPlane + thread / 4;
+            float2 sum{};
+            CUTLASS_PRAGMA_UNROLL
+            for (int w = 0; w < Config::kConsumers; ++w) {
+                float2 const addend = shared.slice[w][thread];
+                sum.x += addend.x;
+                sum.y += addend.y;
+            }
+            CUTLASS_PRAGMA_UNROLL
+            for (int h = 0; h < 2; ++h) {
+                int const head = tile * kHeadTile + thread % 4 * 2 + h;
+                if (head >= group || channel >= call.head_dim) { continue; }
+                float const element = h == 0 ? sum.x : sum.y;
+                if (alone) {
+                    static_cast<Element*>(call.out)[
+                        unit.row * call.out_row_stride + (unit.kv_head * group + head) * call.out_head_stride + channel] =
+                        static_cast<Element>(element);
+                } else {
+                    workspace.out[(part * call.head_dim + channel) * group + head] = element;
+                }
+            }
+            sync_warps(kConsumerBarrier, Config::kConsumers);
+        }
+    }
+    if (alone) {
+        conclude(params, shared, unit, thread);
+    } else {
+        __threadfence();
+        sync_warps(kConsumerBarrier, Config::kConsumers);
+        if (thread == 0) {
+            shared.last = atomicAdd(&workspace.finished[pair], 1) == unit.segments - 1;
+            __threadfence();
+        }
+        sync_warps(kConsumerBarrier, Config::kConsumers);
+        if (shared.last) { combine(params, shared, unit, thread); }
+    }
+    sync_warps(kConsumerBarrier, Config::kConsumers);
+}
+
+// Attends to what is fetched. Runs in kConsumers warps.
+template <class Config>
+CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& shared, int thread) {
+    constexpr int kTiles = Config::kHeadDim / 16;
+    Workspace const& workspace = params.workspace;
+    int const group = params.group;
+    int const warp = thread / kWarp;
+    int const lane = thread % kWarp;
+    uint32_t fetched = 0;
+    for (uint32_t n = 0;; ++n) {
+        shared.units.wait_full(n);
+        Unit<Config> const& unit = shared.unit[shared.units.place(n)];
+        if (unit.row < 0) { break; }
+        int const blocks = unit.blocks;
+
+        uint32_t query[Config::kHeadTiles][kTiles][2];
+        CUTLASS_PRAGMA_UNROLL
+        for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
+            auto const* const row = unit.query + (tile * kHeadTile + lane / 4) * Config::kQueryRow + lane % 4 * 2;
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < kTiles; ++i) {
+                query[tile][i][0] = *reinterpret_cast<uint32_t const*>(row + i * 16);
+                query[tile][i][1] = *reinterpret_cast<uint32_t const*>(row + i * 16 + 8);
+            }
+        }
+        float* const masses =
+            workspace.masses + (static_cast<int64_t>(unit.row) * params.call.kv_heads + unit.kv_head) * workspace.words *
+                                   kWordBlocks * group;
+        Gathered<Config> gathered;
+        gathered.clear();
+        for (int i = warp; i < blocks; i += Config::kConsumers) {
+            int const block = unit.segment * kSegmentBlocks + unit.block[i];
+            int const keys = unit.length - block * kDecodeBlock;
+            int const stage = shared.stages.place(fetched + i);
+            auto* const value = shared.value + stage * Config::kStageElements;
+            shared.stages.wait_full(fetched + i);
+            if (keys < kDecodeBlock) {
+                // What stands behind the end of a sequence may be anything, and no weight makes a NaN vanish.
+                for (int j = lane; j < Config::kPlanes * (kDecodeBlock - keys) * 8; j += kWarp) {
+                    int const row = j / 8 % (kDecodeBlock - keys) + keys;
+                    int const plane = j / 8 / (kDecodeBlock - keys);
+                    reinterpret_cast<uint4*>(value)[(plane * kDecodeBlock + row) * 8 + j % 8] = uint4{};
+                }
+                cutlass::arch::fence_view_async_shared();
+                __syncwarp();
+            }
+            attend<Config>(
+                gathered, cute::cast_smem_ptr_to_uint(shared.key + stage * Config::kStageElements),
+                cute::cast_smem_ptr_to_uint(value), query, keys, params.scale_log2,
+                unit.tracked ? masses + static_cast<int64_t>(block) * group : nullptr, group);
+            __syncwarp();
+            if (lane == 0) { Barrier::arrive(&shared.stages.empty[stage]); }
+        }
+        fetched += blocks;
+        merge(params, shared, unit, gathered, thread);
+        if (lane == 0) { Barrier::arrive(&shared.units.empty[shared.units.place(n)]); }
+    }
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1) decode_kernel(__grid_constant__ KernelParams const params) {
+    extern __shared__ __align__(1024) uint8_t memory[];
+    auto& shared = *reinterpret_cast<SharedStorage<Config>*>(memory);
+    if (threadIdx.x == 0) {
+        shared.units.init(Config::kScorers * kWarp, Config::kConsumers + 1);
+        shared.stages.init(1, 1);
+        cutlass::arch::fence_barrier_init();
+        cute::prefetch_tma_descriptor(&params.key);
+        cute::prefetch_tma_descriptor(&params.value);
+    }
+    number_units(params, shared);
+    int const warp = threadIdx.x / kWarp;
+    if (warp < Config::kScorers) {
+        plan(params, shared);
+    } else if (warp < Config::kScorers + Config::kConsumers) {
+        consume(params, shared, threadIdx.x - Config::kScorers * kWarp);
+    } else {
+        fetch(params, shared);
+    }
+}
+
+}  // namespace lite_attention::sm90
