@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Compiled once for each head size (LITE_HEAD_DIM) and type (LITE_BFLOAT16).
 #include "../common/tensor_map.h"
-#include "kernel.h"
+#include "combine.h"
 #include "launch.h"
 #include "workspace.h"
 
@@ -26,9 +26,7 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     auto* const memory = static_cast<uint8_t*>(params.workspace);
     kernel_params.call = params;
     kernel_params.workspace = {
-        reinterpret_cast<int32_t*>(memory),
-        reinterpret_cast<int32_t*>(memory) + 1,
-        reinterpret_cast<uint32_t*>(memory + layout.visited),
+        reinterpret_cast<uint32_t*>(memory),
         reinterpret_cast<float*>(memory + layout.masses),
         reinterpret_cast<float*>(memory + layout.lse),
         reinterpret_cast<float*>(memory + layout.out),
@@ -41,12 +39,24 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     int const shared_bytes = static_cast<int>(sizeof(SharedStorage<Config>) + params.rows * sizeof(int));
     static_assert(sizeof(SharedStorage<Config>) + kMaxRows * sizeof(int) <= kSharedBytes);
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error == cudaSuccess) { error = cudaMemsetAsync(memory, 0, layout.zeroed, stream); }
     if (error == cudaSuccess) {
         int64_t const units = static_cast<int64_t>(layout.segments) * params.kv_heads * params.rows;
         auto const grid = static_cast<unsigned>(std::min<int64_t>(units, processors()));
         kernel<<<grid, Config::kThreads, shared_bytes, stream>>>(kernel_params);
         error = cudaGetLastError();
+    }
+    if (error == cudaSuccess) {
+        // Begins while the last units are worked on, and waits for them.
+        cudaLaunchAttribute early{};
+        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        early.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(params.kv_heads, params.rows);
+        config.blockDim = kCombiners * kWarp;
+        config.stream = stream;
+        config.attrs = &early;
+        config.numAttrs = 1;
+        error = cudaLaunchKernelEx(&config, combine_kernel<typename Config::Element>, kernel_params);
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

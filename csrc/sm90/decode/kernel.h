@@ -1,22 +1,19 @@
 // SPDX-License-Identifier: MIT
-// The decode kernel. A thread block takes one segment of a sequence and one key head after the other: some warps score the
-// segment's blocks and list those to visit, one warp has them fetched, others attend to them, block by block, each warp with a
-// softmax of its own. The thread block that finishes a sequence's head last puts the segments together and updates the state.
-// Segments begin at fixed places, so what a row gets does not depend on its batch.
+// The decode kernel. A thread block works on units, each a segment of a sequence and one key head: some warps score the blocks of
+// a unit each and list those to visit, one warp has them fetched, others attend to them together, each with a softmax of its
+// own. A second kernel puts the segments together and updates the state. Segments begin at fixed places, so what a row gets does
+// not depend on its batch.
 #pragma once
 
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
-#include "config.h"
-#include "score.h"
+#include "storage.h"
 
 namespace lite_attention::sm90 {
 
-// What the segments of a call leave for each other.
+// What the units of a call leave for the second kernel.
 struct Workspace {
-    int32_t* drawn;     // units of work that have begun beside each thread block's first; zeroed by the launch
-    int32_t* finished;  // (rows, kv_heads) segments that are done; zeroed by the launch
     uint32_t* visited;  // (rows, kv_heads, words) blocks that were visited
     float* masses;      // (rows, kv_heads, blocks, group) log2 of a block's mass, of blocks that were visited
     float* lse;         // (rows, kv_heads, segments, group) of a segment, in log2 units
@@ -38,7 +35,11 @@ struct KernelParams {
 
 CUTLASS_DEVICE int segments_of(int length) { return max(1, ceil_div(length, kSegmentBlocks * kDecodeBlock)); }
 
-CUTLASS_DEVICE void sync_warps(int barrier, int warps) { cutlass::arch::NamedBarrier::sync(warps * kWarp, barrier + 8); }
+template <class Config>
+CUTLASS_DEVICE void sync_consumers() {
+    // Barrier 0 is __syncthreads, and CUTLASS keeps those before 8 to itself.
+    cutlass::arch::NamedBarrier::sync(Config::kConsumers * kWarp, 8);
+}
 
 // Fills in which unit of work is the first of each row. Runs in the whole thread block.
 template <class Config>
@@ -68,35 +69,30 @@ CUTLASS_DEVICE void number_units(KernelParams const& params, SharedStorage<Confi
     __syncthreads();
 }
 
-// Draws units of work and lists what each visits. Runs in kScorers warps.
+// Lists what units of work visit. Runs in kScorers warps; the n-th unit is warp n modulo kScorers'.
 template <class Config>
 CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shared) {
     using Element = typename Config::Element;
-    constexpr int kWords = kSegmentWords / Config::kScorers;  // of a warp
     DecodeParams const& call = params.call;
     Workspace const& workspace = params.workspace;
-    int const thread = threadIdx.x;
-    int const warp = thread / kWarp;
-    int const lane = thread % kWarp;
+    int const warp = threadIdx.x / kWarp;
+    int const lane = threadIdx.x % kWarp;
     int const blocks_of_page = call.page_size / kDecodeBlock;
     int const group = params.group;
     int const units = shared.first_unit[call.rows];
-    int next = blockIdx.x;
+    Unit<Config>& unit = shared.unit[warp];
+    ScoringQuery<Config>* const scoring = shared.scoring[warp];
 
-    for (uint32_t n = 0;; ++n) {
-        if (thread == 0) { shared.drawn = next; }
+    for (uint32_t n = warp;; n += Config::kScorers) {
+        int const index = blockIdx.x + n * gridDim.x;
         shared.units.wait_empty(n);
-        sync_warps(kScorerBarrier, Config::kScorers);
-        int const index = shared.drawn;
-        Unit<Config>& unit = shared.unit[shared.units.place(n)];
-        uint64_t* const full = &shared.units.full[shared.units.place(n)];
         if (index >= units) {
-            if (thread == 0) { unit.row = -1; }
-            Barrier::arrive(full);
+            if (lane == 0) {
+                unit.row = -1;
+                Barrier::arrive(&shared.units.full[warp]);
+            }
             break;
         }
-        if (thread == 0) { next = gridDim.x + atomicAdd(workspace.drawn, 1); }
-
         int row = 0;
         for (int end = call.rows; row + 1 < end;) {
             int const middle = (row + end) / 2;
@@ -110,105 +106,96 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
         int const blocks = ceil_div(length, kDecodeBlock);
         bool const tracked = threshold != -INFINITY && length > 0;
         bool const everything = !tracked || call.visit_all[row];
-        int const first_word = segment * kSegmentWords + warp * kWords;
+        int const first_word = segment * kSegmentWords;
+        int const words = min(kSegmentWords, ceil_div(blocks, kWordBlocks) - first_word);
+        int64_t const pair = static_cast<int64_t>(row) * call.kv_heads + kv_head;
 
-        int page[kWords];
-        int place[kWords];
-        uint32_t word[kWords];
+        // Every block's page at first; the list of those to visit grows over it.
         CUTLASS_PRAGMA_UNROLL
-        for (int w = 0; w < kWords; ++w) {
+        for (int w = 0; w < kSegmentWords; ++w) {
             int const block = (first_word + w) * kWordBlocks + lane;
-            bool const exists = block < blocks;
-            page[w] = exists ? call.block_table[row * call.block_table_stride + block / blocks_of_page] : 0;
-            place[w] = exists ? block % blocks_of_page : 0;
-            word[w] = __ballot_sync(~0u, exists);
+            unit.page[w * kWordBlocks + lane] =
+                block < blocks ? call.block_table[row * call.block_table_stride + block / blocks_of_page] : 0;
         }
         Element const* const query = static_cast<Element const*>(call.query) + row * call.query_row_stride +
                                      kv_head * group * call.query_head_stride;
-        if (!everything) {
-            float const* const lse_before = call.lse_state + slot * call.lse_state_stride + kv_head * group;
-            int32_t const* const mattered =
-                call.mask + slot * call.mask_slot_stride + kv_head * call.mask_head_stride + first_word;
-            uint32_t visits[kWords];
-            CUTLASS_PRAGMA_UNROLL
-            for (int w = 0; w < kWords; ++w) {
-                visits[w] = 0;
-                if (word[w] == 0) { continue; }
-                visits[w] = mattered[w];
-                // The first block, and the newest two, which may have no summary yet.
-                int const block = (first_word + w) * kWordBlocks + lane;
-                visits[w] |= __ballot_sync(~0u, block == 0 || block >= blocks - 2);
-            }
-            CUTLASS_PRAGMA_UNROLL
-            for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
-                int const first_head = tile * kHeadTile;
-                ScoringQuery<Config> scoring;
-                scoring.load(
-                    query + first_head * call.query_head_stride, call.query_head_stride, group - first_head, call.head_dim);
-                int const head = first_head + lane % 4 * 2;
-                float2 const limit{
-                    head < group ? threshold + lse_before[head] * kLog2E : INFINITY,
-                    head + 1 < group ? threshold + lse_before[head + 1] * kLog2E : INFINITY};
-                CUTLASS_PRAGMA_UNROLL
-                for (int w = 0; w < kWords; ++w) {
-                    if (word[w] == 0) { continue; }
-                    uint8_t const* const summary = call.summaries.data + page[w] * call.summaries.page_stride +
-                                                   kv_head * call.summaries.head_stride +
-                                                   place[w] * call.summaries.block_stride;
-                    visits[w] |= score<Config>(scoring, summary, call.head_dim, params.scale_log2, limit);
-                }
-            }
-            CUTLASS_PRAGMA_UNROLL
-            for (int w = 0; w < kWords; ++w) { word[w] &= visits[w]; }
-        }
-        if (lane == 0) {
-            CUTLASS_PRAGMA_UNROLL
-            for (int w = 0; w < kWords; ++w) {
-                shared.counts[warp * kWords + w] = __popc(word[w]);
-                if (tracked && first_word + w < workspace.words) {
-                    workspace.visited[(static_cast<int64_t>(row) * call.kv_heads + kv_head) * workspace.words + first_word + w] =
-                        word[w];
-                }
-            }
-        }
-        sync_warps(kScorerBarrier, Config::kScorers);
-
-        int total = 0;
-        int before[kWords];
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kSegmentWords; ++i) {
-            if (i / kWords == warp) { before[i % kWords] = total; }
-            total += shared.counts[i];
-        }
-        CUTLASS_PRAGMA_UNROLL
-        for (int w = 0; w < kWords; ++w) {
-            if (word[w] >> lane & 1) {
-                int const i = before[w] + __popc(word[w] & ((1u << lane) - 1));
-                unit.page[i] = page[w];
-                unit.block[i] = static_cast<uint8_t>((warp * kWords + w) * kWordBlocks + lane);
-            }
-        }
         constexpr int kVector = 8;  // elements that are copied at a time
         constexpr int kRowVectors = Config::kHeadDim / kVector;
-        for (int i = thread; i < Config::kHeads * kRowVectors; i += Config::kScorers * kWarp) {
+        for (int i = lane; i < Config::kHeads * kRowVectors; i += kWarp) {
             int const head = i / kRowVectors;
             int const channel = i % kRowVectors * kVector;
             bool const exists = head < group && channel < call.head_dim;
             *reinterpret_cast<uint4*>(unit.query + head * Config::kQueryRow + channel) =
                 exists ? *reinterpret_cast<uint4 const*>(query + head * call.query_head_stride + channel) : uint4{};
         }
-        if (thread == 0) {
+        float2 limit[Config::kHeadTiles];
+        uint32_t mattered = 0;  // of lanes that are words
+        __syncwarp();
+        if (!everything) {
+            float const* const lse_before = call.lse_state + slot * call.lse_state_stride + kv_head * group;
+            CUTLASS_PRAGMA_UNROLL
+            for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
+                int const head = tile * kHeadTile + lane % 4 * 2;
+                limit[tile] = {
+                    head < group ? threshold + lse_before[head] * kLog2E : INFINITY,
+                    head + 1 < group ? threshold + lse_before[head + 1] * kLog2E : INFINITY};
+                scoring[tile].fill(unit.query + tile * kHeadTile * Config::kQueryRow);
+            }
+            if (lane < words) {
+                mattered = call.mask[slot * call.mask_slot_stride + kv_head * call.mask_head_stride + first_word + lane];
+            }
+            __syncwarp();
+        }
+
+        int total = 0;
+#pragma unroll 1
+        for (int w = 0; w < words; ++w) {
+            int const page = unit.page[w * kWordBlocks + lane];
+            int const block = (first_word + w) * kWordBlocks + lane;
+            uint32_t word = __ballot_sync(~0u, block < blocks);
+            if (!everything) {
+                // A block that does not exist has the summary of one that does: it is read, and counts for nothing.
+                int const place = block < blocks ? block % blocks_of_page : 0;
+                uint8_t const* const summary = call.summaries.data + page * call.summaries.page_stride +
+                                               kv_head * call.summaries.head_stride + place * call.summaries.block_stride;
+                // The first block, and the newest two, which may have no summary yet.
+                uint32_t visits = __shfl_sync(~0u, mattered, w) | __ballot_sync(~0u, block == 0 || block >= blocks - 2);
+                // What is on its way at a time: as much as there are registers for.
+                constexpr int kAhead = Config::kHeadDim <= 128 ? 2 : 1;
+                CUTLASS_PRAGMA_UNROLL
+                for (int first = 0; first < 2; first += kAhead) {
+                    Summaries<Config> summaries[kAhead];
+                    CUTLASS_PRAGMA_UNROLL
+                    for (int i = 0; i < kAhead; ++i) { summaries[i].load(summary, (first + i) * 16, call.head_dim); }
+                    CUTLASS_PRAGMA_UNROLL
+                    for (int i = 0; i < kAhead; ++i) {
+                        CUTLASS_PRAGMA_UNROLL
+                        for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
+                            visits |= summaries[i].score(scoring[tile], params.scale_log2, limit[tile]) << ((first + i) * 16);
+                        }
+                    }
+                }
+                word &= visits;
+            }
+            __syncwarp();
+            if (word >> lane & 1) {
+                int const i = total + __popc(word & ((1u << lane) - 1));
+                unit.page[i] = page;
+                unit.block[i] = static_cast<uint8_t>(w * kWordBlocks + lane);
+            }
+            if (lane == 0 && tracked) { workspace.visited[pair * workspace.words + first_word + w] = word; }
+            total += __popc(word);
+        }
+        if (lane == 0) {
             unit.row = row;
             unit.kv_head = kv_head;
             unit.segment = segment;
-            unit.segments = segments_of(length);
             unit.length = length;
-            unit.slot = slot;
             unit.blocks = total;
-            unit.threshold = threshold;
             unit.tracked = tracked;
         }
-        Barrier::arrive(full);
+        __syncwarp();
+        if (lane == 0) { Barrier::arrive(&shared.units.full[warp]); }
     }
 }
 
@@ -296,19 +283,13 @@ struct Gathered {
     float sum[Config::kHeadTiles][2];  // of this thread's keys
     float out[Config::kHeadTiles][kTiles][4];
 
-    CUTLASS_DEVICE void clear() {
+    CUTLASS_DEVICE Gathered() {
         CUTLASS_PRAGMA_UNROLL
         for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
+            max[tile][0] = max[tile][1] = -INFINITY;
+            sum[tile][0] = sum[tile][1] = 0.0f;
             CUTLASS_PRAGMA_UNROLL
-            for (int h = 0; h < 2; ++h) {
-                max[tile][h] = -INFINITY;
-                sum[tile][h] = 0.0f;
-            }
-            CUTLASS_PRAGMA_UNROLL
-            for (int i = 0; i < kTiles; ++i) {
-                CUTLASS_PRAGMA_UNROLL
-                for (int j = 0; j < 4; ++j) { out[tile][i][j] = 0.0f; }
-            }
+            for (int i = 0; i < kTiles * 4; ++i) { out[tile][i / 4][i % 4] = 0.0f; }
         }
     }
 };
@@ -392,104 +373,22 @@ CUTLASS_DEVICE void attend(
     }
 }
 
-// The end of a sequence's head, once its log-sum-exps (in log2 units) are in shared memory: what the state and the caller get
-// to know of it. Runs in the consumers.
-template <class Config>
-CUTLASS_DEVICE void conclude(KernelParams const& params, SharedStorage<Config>& shared, Unit<Config> const& unit, int thread) {
-    DecodeParams const& call = params.call;
-    Workspace const& workspace = params.workspace;
-    int const group = params.group;
-    int const lane = thread % kWarp;
-    int const first_head = unit.kv_head * group;
-    int const blocks = ceil_div(unit.length, kDecodeBlock);
-    if (thread < group) {
-        float const lse = shared.lse[thread] * kLn2;
-        call.lse[static_cast<int64_t>(unit.row) * call.heads + first_head + thread] = lse;
-        if (unit.tracked) { call.lse_state[unit.slot * call.lse_state_stride + first_head + thread] = lse; }
-    }
-    if (!unit.tracked) {
-        if (thread == 0) { atomicAdd(&call.visited[unit.row], blocks); }
-        return;
-    }
-    int64_t const pair = static_cast<int64_t>(unit.row) * call.kv_heads + unit.kv_head;
-    int32_t* const mask = call.mask + unit.slot * call.mask_slot_stride + unit.kv_head * call.mask_head_stride;
-    int count = 0;
-    for (int word = thread / kWarp; word < ceil_div(blocks, kWordBlocks); word += Config::kConsumers) {
-        // Written by other thread blocks.
-        uint32_t const visited = __ldcg(&workspace.visited[pair * workspace.words + word]);
-        bool keeps = false;
-        if (visited >> lane & 1) {
-            float const* const masses =
-                workspace.masses + (pair * workspace.words * kWordBlocks + word * kWordBlocks + lane) * group;
-            for (int head = 0; head < group; ++head) {
-                keeps |= __ldcg(&masses[head]) - shared.lse[head] > unit.threshold;
-            }
-        }
-        uint32_t const kept = __ballot_sync(~0u, keeps);
-        if (lane == 0) { mask[word] = (mask[word] & ~visited) | kept; }
-        count += __popc(visited);
-    }
-    if (lane == 0 && count > 0) { atomicAdd(&call.visited[unit.row], count); }
-}
-
-// Puts the segments of a sequence's head together, in their order. Runs in the consumers of one thread block.
-template <class Config>
-CUTLASS_DEVICE void combine(KernelParams const& params, SharedStorage<Config>& shared, Unit<Config> const& unit, int thread) {
-    using Element = typename Config::Element;
-    DecodeParams const& call = params.call;
-    Workspace const& workspace = params.workspace;
-    int const group = params.group;
-    int const lane = thread % kWarp;
-    int64_t const first = (static_cast<int64_t>(unit.row) * call.kv_heads + unit.kv_head) * workspace.segments;
-    float const* const lses = workspace.lse + first * group;
-    for (int head = thread / kWarp; head < group; head += Config::kConsumers) {
-        float largest = -INFINITY;
-        for (int i = lane; i < unit.segments; i += kWarp) { largest = fmaxf(largest, __ldcg(&lses[i * group + head])); }
-        for (int distance = 1; distance < kWarp; distance *= 2) {
-            largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
-        }
-        float const offset = largest == -INFINITY ? 0.0f : largest;
-        float sum = 0.0f;
-        for (int i = lane; i < unit.segments; i += kWarp) { sum += exp2f(__ldcg(&lses[i * group + head]) - offset); }
-        for (int distance = 1; distance < kWarp; distance *= 2) { sum += __shfl_xor_sync(~0u, sum, distance); }
-        if (lane == 0) { shared.lse[head] = offset + log2f(sum); }
-    }
-    sync_warps(kConsumerBarrier, Config::kConsumers);
-    float const* const outs = workspace.out + first * call.head_dim * group;
-    Element* const out = static_cast<Element*>(call.out) + unit.row * call.out_row_stride +
-                         unit.kv_head * group * call.out_head_stride;
-    int const items = call.head_dim * group;
-    for (int item = thread; item < items; item += Config::kConsumers * kWarp) {
-        int const head = item % group;
-        float const lse = shared.lse[head];
-        float sum = 0.0f;
-#pragma unroll 8
-        for (int i = 0; i < unit.segments; ++i) {
-            float const weight = exp2f(__ldcg(&lses[i * group + head]) - lse);
-            float const part = __ldcg(&outs[static_cast<int64_t>(i) * items + item]);
-            sum += weight > 0.0f ? weight * part : 0.0f;
-        }
-        out[head * call.out_head_stride + item / group] = static_cast<Element>(sum);
-    }
-    conclude(params, shared, unit, thread);
-}
-
-// Puts together what the warps have gathered of a segment. Runs in the consumers.
+// Puts together what the warps have gathered of a segment, for the second kernel. Runs in the consumers.
 template <class Config>
 CUTLASS_DEVICE void merge(
-    KernelParams const& params, SharedStorage<Config>& shared, Unit<Config> const& unit, Gathered<Config>& gathered,
+    KernelParams const& params, SharedStorage<Config>& shared, Unit<Config> const& unit, Gathered<Config> const& gathered,
     int thread) {
-    using Element = typename Config::Element;
-    DecodeParams const& call = params.call;
     Workspace const& workspace = params.workspace;
     int const group = params.group;
+    int const head_dim = params.call.head_dim;
     int const warp = thread / kWarp;
     int const lane = thread % kWarp;
-    bool const alone = unit.segments == 1;
-    int64_t const pair = static_cast<int64_t>(unit.row) * call.kv_heads + unit.kv_head;
-    int64_t const part = pair * workspace.segments + unit.segment;
-    bool const empty = unit.blocks == 0;
-
+    int64_t const part =
+        (static_cast<int64_t>(unit.row) * params.call.kv_heads + unit.kv_head) * workspace.segments + unit.segment;
+    if (unit.blocks == 0) {
+        if (thread < group) { workspace.lse[part * group + thread] = -INFINITY; }
+        return;
+    }
     CUTLASS_PRAGMA_UNROLL
     for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
         CUTLASS_PRAGMA_UNROLL
@@ -501,7 +400,7 @@ CUTLASS_DEVICE void merge(
             }
         }
     }
-    sync_warps(kConsumerBarrier, Config::kConsumers);
+    sync_consumers<Config>();
     CUTLASS_PRAGMA_UNROLL
     for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
         float factor[2];
@@ -515,16 +414,11 @@ CUTLASS_DEVICE void merge(
             float sum = 0.0f;
             CUTLASS_PRAGMA_UNROLL
             for (int w = 0; w < Config::kConsumers; ++w) { sum += shared.sum[w][head] * exp2f(shared.max[w][head] - offset); }
-            factor[h] = sum > 0.0f || sum != sum ? exp2f(gathered.max[tile][h] - offset) / sum : 0.0f;
-            if (warp == 0 && lane < 4 && head < group) {
-                float const lse = offset + log2f(sum);
-                shared.lse[head] = lse;
-                if (!alone) { workspace.lse[part * group + head] = lse; }
-            }
+            factor[h] = sum == 0.0f ? 0.0f : exp2f(gathered.max[tile][h] - offset) / sum;
+            if (warp == 0 && lane < 4 && head < group) { workspace.lse[part * group + head] = offset + log2f(sum); }
         }
         CUTLASS_PRAGMA_UNROLL
         for (int slice = 0; slice < Config::kPlanes; ++slice) {
-            if (empty && !alone) { continue; }
             CUTLASS_PRAGMA_UNROLL
             for (int i = 0; i < kPlane / 16; ++i) {
                 float const (&out)[4] = gathered.out[tile][slice * (kPlane / 16) + i];
@@ -534,8 +428,7 @@ CUTLASS_DEVICE void merge(
                         out[2 * r] * factor[0], out[2 * r + 1] * factor[1]};
                 }
             }
-            sync_warps(kConsumerBarrier, Config::kConsumers);
-            int const channel = slice * kPlane + thread / 4;
+            sync_consumers<Config>();
             float2 sum{};
             CUTLASS_PRAGMA_UNROLL
             for (int w = 0; w < Config::kConsumers; ++w) {
@@ -543,35 +436,14 @@ CUTLASS_DEVICE void merge(
                 sum.x += addend.x;
                 sum.y += addend.y;
             }
-            CUTLASS_PRAGMA_UNROLL
-            for (int h = 0; h < 2; ++h) {
-                int const head = tile * kHeadTile + thread % 4 * 2 + h;
-                if (head >= group || channel >= call.head_dim) { continue; }
-                float const element = h == 0 ? sum.x : sum.y;
-                if (alone) {
-                    static_cast<Element*>(call.out)[
-                        unit.row * call.out_row_stride + (unit.kv_head * group + head) * call.out_head_stride + channel] =
-                        static_cast<Element>(element);
-                } else {
-                    workspace.out[(part * call.head_dim + channel) * group + head] = element;
-                }
-            }
-            sync_warps(kConsumerBarrier, Config::kConsumers);
+            int const channel = slice * kPlane + thread / 4;
+            int const head = tile * kHeadTile + thread % 4 * 2;
+            float* const out = workspace.out + (part * head_dim + channel) * group + head;
+            if (channel < head_dim && head < group) { out[0] = sum.x; }
+            if (channel < head_dim && head + 1 < group) { out[1] = sum.y; }
+            sync_consumers<Config>();
         }
     }
-    if (alone) {
-        conclude(params, shared, unit, thread);
-    } else {
-        __threadfence();
-        sync_warps(kConsumerBarrier, Config::kConsumers);
-        if (thread == 0) {
-            shared.last = atomicAdd(&workspace.finished[pair], 1) == unit.segments - 1;
-            __threadfence();
-        }
-        sync_warps(kConsumerBarrier, Config::kConsumers);
-        if (shared.last) { combine(params, shared, unit, thread); }
-    }
-    sync_warps(kConsumerBarrier, Config::kConsumers);
 }
 
 // Attends to what is fetched. Runs in kConsumers warps.
@@ -603,7 +475,6 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
             workspace.masses + (static_cast<int64_t>(unit.row) * params.call.kv_heads + unit.kv_head) * workspace.words *
                                    kWordBlocks * group;
         Gathered<Config> gathered;
-        gathered.clear();
         for (int i = warp; i < blocks; i += Config::kConsumers) {
             int const block = unit.segment * kSegmentBlocks + unit.block[i];
             int const keys = unit.length - block * kDecodeBlock;
@@ -638,7 +509,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) decode_kernel(__grid_cons
     extern __shared__ __align__(1024) uint8_t memory[];
     auto& shared = *reinterpret_cast<SharedStorage<Config>*>(memory);
     if (threadIdx.x == 0) {
-        shared.units.init(Config::kScorers * kWarp, Config::kConsumers + 1);
+        shared.units.init(1, Config::kConsumers + 1);
         shared.stages.init(1, 1);
         cutlass::arch::fence_barrier_init();
         cute::prefetch_tma_descriptor(&params.key);
@@ -653,6 +524,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) decode_kernel(__grid_cons
     } else {
         fetch(params, shared);
     }
+    cudaTriggerProgrammaticLaunchCompletion();
 }
 
 }  // namespace lite_attention::sm90

@@ -25,6 +25,9 @@ CUTLASS_DEVICE void mma(float (&d)[4], uint32_t const (&a)[4], uint32_t b0, uint
 CUTLASS_DEVICE uint32_t bits(__half2 pair) { return reinterpret_cast<uint32_t const&>(pair); }
 CUTLASS_DEVICE __half2 halves(uint32_t pair) { return reinterpret_cast<__half2 const&>(pair); }
 
+CUTLASS_DEVICE float2 widen(__half2 pair) { return __half22float2(pair); }
+CUTLASS_DEVICE float2 widen(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
+
 // Four bytes as halves of 1024 + byte, two of them in each result: 1024 + n is 0x6400 + n.
 CUTLASS_DEVICE void widen(uint32_t bytes, __half2& low, __half2& high) {
     low = halves(__byte_perm(bytes, 0x64646464u, 0x4140));
@@ -36,81 +39,67 @@ CUTLASS_DEVICE void widen(uint32_t bytes, __half2& low, __half2& high) {
 template <class Config>
 struct ScoringQuery {
     static constexpr int kParts = Config::kHeadDim / 32;
-    uint32_t linear[kParts][4];
-    uint32_t square[kParts][4];
-    float largest;  // of the head that this thread holds: lane / 4
+    uint4 linear[kParts][kWarp];
+    uint4 square[kParts][kWarp];
+    float largest[kHeadTile];
 
-    // `query`: the first head; heads from `heads` on are zero.
-    CUTLASS_DEVICE void load(typename Config::Element const* query, int64_t head_stride, int heads, int head_dim) {
+    // Called by a warp. `query`: the first head, in shared memory.
+    CUTLASS_DEVICE void fill(typename Config::Element const* query) {
+        using Element = typename Config::Element;
+        using Pair = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
         int const lane = threadIdx.x % kWarp;
         int const head = lane / 4;
         uint4 raw[kParts];
         CUTLASS_PRAGMA_UNROLL
         for (int part = 0; part < kParts; ++part) {
-            int const channel = part * 32 + lane % 4 * 8;
-            bool const exists = head < heads && channel < head_dim;
-            raw[part] = exists ? *reinterpret_cast<uint4 const*>(query + head * head_stride + channel) : uint4{};
+            raw[part] = *reinterpret_cast<uint4 const*>(query + head * Config::kQueryRow + part * 32 + lane % 4 * 8);
         }
-        largest = 0.0f;
-        for_each(raw, [&](int, int, float2 pair) { largest = fmaxf(largest, fmaxf(fabsf(pair.x), fabsf(pair.y))); });
-        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-        float const inverse = largest > 0.0f ? 1.0f / largest : 0.0f;
-        for_each(raw, [&](int part, int i, float2 pair) {
-            float2 const unit{pair.x * inverse, pair.y * inverse};
-            linear[part][i] = bits(__float22half2_rn(unit));
-            square[part][i] = bits(__float22half2_rn({unit.x * unit.x, unit.y * unit.y}));
-        });
-    }
-
-private:
-    template <class Action>
-    CUTLASS_DEVICE static void for_each(uint4 const (&raw)[kParts], Action action) {
-        using Pair = std::conditional_t<std::is_same_v<typename Config::Element, __half>, __half2, __nv_bfloat162>;
+        float of_head = 0.0f;
         CUTLASS_PRAGMA_UNROLL
         for (int part = 0; part < kParts; ++part) {
-            uint32_t const words[4] = {raw[part].x, raw[part].y, raw[part].z, raw[part].w};
             CUTLASS_PRAGMA_UNROLL
             for (int i = 0; i < 4; ++i) {
-                Pair const pair = reinterpret_cast<Pair const&>(words[i]);
-                if constexpr (std::is_same_v<Pair, __half2>) {
-                    action(part, i, __half22float2(pair));
-                } else {
-                    action(part, i, __bfloat1622float2(pair));
-                }
+                float2 const pair = widen(reinterpret_cast<Pair const*>(&raw[part])[i]);
+                of_head = fmaxf(of_head, fmaxf(fabsf(pair.x), fabsf(pair.y)));
             }
         }
+        of_head = fmaxf(of_head, __shfl_xor_sync(~0u, of_head, 1));
+        of_head = fmaxf(of_head, __shfl_xor_sync(~0u, of_head, 2));
+        float const inverse = of_head > 0.0f ? 1.0f / of_head : 0.0f;
+        CUTLASS_PRAGMA_UNROLL
+        for (int part = 0; part < kParts; ++part) {
+            uint32_t of_linear[4];
+            uint32_t of_square[4];
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                float2 const pair = widen(reinterpret_cast<Pair const*>(&raw[part])[i]);
+                float2 const unit{pair.x * inverse, pair.y * inverse};
+                of_linear[i] = bits(__float22half2_rn(unit));
+                of_square[i] = bits(__float22half2_rn({unit.x * unit.x, unit.y * unit.y}));
+            }
+            linear[part][lane] = {of_linear[0], of_linear[1], of_linear[2], of_linear[3]};
+            square[part][lane] = {of_square[0], of_square[1], of_square[2], of_square[3]};
+        }
+        if (lane % 4 == 0) { largest[head] = of_head; }
     }
 };
 
-// Scores 32 blocks for eight query heads; bit i of the result: some head expects more of block i than the threshold.
-// Called by a whole warp; the result is every lane's.
-//
-//   summary   where this lane's block has its summary
-//   limit     threshold + LSE of the step before, in log2 units, of heads 2 * (lane % 4) and the one after; +inf: no such head
+// The summaries of 16 blocks as the first operands: a thread holds eight channels of every 32 of two blocks, lane / 4 and the
+// one 8 further.
 template <class Config>
-CUTLASS_DEVICE uint32_t score(
-    ScoringQuery<Config> const& query, uint8_t const* summary, int head_dim, float scale_log2, float2 limit) {
-    constexpr int kParts = ScoringQuery<Config>::kParts;
-    int const lane = threadIdx.x % kWarp;
-    // The heads of this thread's sums are not those of its operands.
-    float2 const largest{
-        __shfl_sync(~0u, query.largest, lane % 4 * 8), __shfl_sync(~0u, query.largest, lane % 4 * 8 + 4)};
-    float2 const linear{largest.x * scale_log2, largest.y * scale_log2};
-    float2 const square{0.5f * kLn2 * linear.x * linear.x, 0.5f * kLn2 * linear.y * linear.y};
-    constexpr float kLogBlock = 4.0f;
-    static_assert(kDecodeBlock == 16);
+struct Summaries {
+    static constexpr int kParts = Config::kHeadDim / 32;
+    uint2 mean[2][kParts];
+    uint2 deviation[2][kParts];
+    float2 scales[2];
 
-    uint32_t word = 0;
-    CUTLASS_PRAGMA_UNROLL
-    for (int tile = 0; tile < 2; ++tile) {
-        uint2 mean[2][kParts];
-        uint2 deviation[2][kParts];
-        float2 scales[2];
+    // `summary`: where the block of this lane has its own; taken are those of 16 lanes from `first` on.
+    CUTLASS_DEVICE void load(uint8_t const* summary, int first, int head_dim) {
+        int const lane = threadIdx.x % kWarp;
         CUTLASS_PRAGMA_UNROLL
         for (int half = 0; half < 2; ++half) {
-            auto const* const from = reinterpret_cast<uint8_t const*>(__shfl_sync(
-                ~0u, reinterpret_cast<unsigned long long>(summary), tile * 16 + half * 8 + lane / 4));
+            auto const* const from = reinterpret_cast<uint8_t const*>(
+                __shfl_sync(~0u, reinterpret_cast<unsigned long long>(summary), first + half * 8 + lane / 4));
             CUTLASS_PRAGMA_UNROLL
             for (int part = 0; part < kParts; ++part) {
                 int const channel = part * 32 + lane % 4 * 8;
@@ -120,6 +109,13 @@ CUTLASS_DEVICE uint32_t score(
             }
             scales[half] = __ldg(reinterpret_cast<float2 const*>(from + 2 * head_dim));
         }
+    }
+
+    // Bit i of the result: some head expects more of block i than its limit. It is every lane's.
+    //
+    //   limit  threshold + LSE of the step before, in log2 units, of heads 2 * (lane % 4) and the one after; +inf: no such head
+    CUTLASS_DEVICE uint32_t score(ScoringQuery<Config> const& query, float scale_log2, float2 limit) const {
+        int const lane = threadIdx.x % kWarp;
         float of_mean[4] = {};
         float of_deviation[4] = {};
         CUTLASS_PRAGMA_UNROLL
@@ -140,32 +136,40 @@ CUTLASS_DEVICE uint32_t score(
                     d[half][i] = __hmul2(d[half][i], d[half][i]);
                 }
             }
-            CUTLASS_PRAGMA_UNROLL
-            for (int i = 0; i < 4; i += 2) {
-                uint32_t const a_mean[4] = {bits(m[0][i]), bits(m[1][i]), bits(m[0][i + 1]), bits(m[1][i + 1])};
-                uint32_t const a_deviation[4] = {bits(d[0][i]), bits(d[1][i]), bits(d[0][i + 1]), bits(d[1][i + 1])};
-                mma(of_mean, a_mean, query.linear[part][i], query.linear[part][i + 1], __half{});
-                mma(of_deviation, a_deviation, query.square[part][i], query.square[part][i + 1], __half{});
-            }
+            uint4 const linear = query.linear[part][lane];
+            uint4 const square = query.square[part][lane];
+            uint32_t const m_low[4] = {bits(m[0][0]), bits(m[1][0]), bits(m[0][1]), bits(m[1][1])};
+            uint32_t const m_high[4] = {bits(m[0][2]), bits(m[1][2]), bits(m[0][3]), bits(m[1][3])};
+            uint32_t const d_low[4] = {bits(d[0][0]), bits(d[1][0]), bits(d[0][1]), bits(d[1][1])};
+            uint32_t const d_high[4] = {bits(d[0][2]), bits(d[1][2]), bits(d[0][3]), bits(d[1][3])};
+            mma(of_mean, m_low, linear.x, linear.y, __half{});
+            mma(of_deviation, d_low, square.x, square.y, __half{});
+            mma(of_mean, m_high, linear.z, linear.w, __half{});
+            mma(of_deviation, d_high, square.z, square.w, __half{});
         }
+        static_assert(kDecodeBlock == 16);
+        constexpr float kLogBlock = 4.0f;
+        float2 const linear{
+            query.largest[lane % 4 * 2] * scale_log2, query.largest[lane % 4 * 2 + 1] * scale_log2};
+        float2 const square{0.5f * kLn2 * linear.x * linear.x, 0.5f * kLn2 * linear.y * linear.y};
+        uint32_t passing = 0;
         CUTLASS_PRAGMA_UNROLL
         for (int half = 0; half < 2; ++half) {
-            float2 const scale = scales[half];
-            float const variance = scale.y * scale.y;
-            bool const passes =
-                kLogBlock + linear.x * scale.x * of_mean[2 * half] + square.x * variance * of_deviation[2 * half] > limit.x ||
-                kLogBlock + linear.y * scale.x * of_mean[2 * half + 1] + square.y * variance * of_deviation[2 * half + 1] >
-                    limit.y;
+            float const step = scales[half].x;
+            float const variance = scales[half].y * scales[half].y;
+            float2 const estimate{
+                kLogBlock + linear.x * step * of_mean[2 * half] + square.x * variance * of_deviation[2 * half],
+                kLogBlock + linear.y * step * of_mean[2 * half + 1] + square.y * variance * of_deviation[2 * half + 1]};
             // Lanes 4 i to 4 i + 3 speak for block i: their bits become one.
-            uint32_t votes = __ballot_sync(~0u, passes);
+            uint32_t votes = __ballot_sync(~0u, estimate.x > limit.x || estimate.y > limit.y);
             votes = (votes | votes >> 1 | votes >> 2 | votes >> 3) & 0x11111111u;
             votes = (votes | votes >> 3) & 0x03030303u;
             votes = (votes | votes >> 6) & 0x000f000fu;
             votes = (votes | votes >> 12) & 0xffu;
-            word |= votes << (tile * 16 + half * 8);
+            passing |= votes << (half * 8);
         }
+        return passing;
     }
-    return word;
-}
+};
 
 }  // namespace lite_attention::sm90

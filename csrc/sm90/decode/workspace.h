@@ -11,9 +11,7 @@ namespace lite_attention::sm90 {
 struct WorkspaceLayout {
     int words;     // of a row and key head
     int segments;  // of a row
-    // Offsets in bytes; the counters come first.
-    int64_t zeroed;  // bytes of the counters
-    int64_t visited;
+    // Offsets in bytes; which blocks were visited comes first.
     int64_t masses;
     int64_t lse;
     int64_t out;
@@ -26,9 +24,7 @@ struct WorkspaceLayout {
         segments = static_cast<int>((max_tokens + kSegmentTokens - 1) / kSegmentTokens);
         if (segments == 0) { segments = 1; }
         auto aligned = [](int64_t count) { return (count * 4 + 255) / 256 * 256; };
-        zeroed = (1 + rows * kv_heads) * 4;
-        visited = aligned(1 + rows * kv_heads);
-        masses = visited + aligned(rows * kv_heads * words);
+        masses = aligned(rows * kv_heads * words);
         lse = masses + aligned(rows * heads * words * 32);
         out = lse + aligned(rows * heads * segments);
         bytes = out + aligned(rows * heads * segments * head_dim);

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: MIT
+// The shared-memory plan of the decode kernel.
+#pragma once
+
+#include "score.h"
+
+namespace lite_attention::sm90 {
+
+template <class Config>
+struct SharedStorage {
+    using Element = typename Config::Element;
+    alignas(1024) Element key[Config::kStages * Config::kStageElements];
+    alignas(1024) Element value[Config::kStages * Config::kStageElements];
+    Ring<Config::kStages> stages;
+    Unit<Config> unit[Config::kScorers];
+    Ring<Config::kScorers> units;
+    ScoringQuery<Config> scoring[Config::kScorers][Config::kHeadTiles];
+
+    // Between the consumers.
+    float max[Config::kConsumers][Config::kHeads];
+    float sum[Config::kConsumers][Config::kHeads];
+    float2 slice[Config::kConsumers][Config::kSlice * kHeadTile / 2];
+
+    int first_unit[1];  // of each row, and the number of units at the end: rows + 1 of them
+};
+
+}  // namespace lite_attention::sm90
