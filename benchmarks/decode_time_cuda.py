@@ -1,11 +1,12 @@
 """How decode time falls with the share that is read: `lite_attention::decode` against vLLM's FlashAttention 3, paged.
 
-Both in one process, on the same cache in vLLM's layout (keys and values of a token side by side), each in a CUDA graph as
-engines run it, medians of `triton.testing.do_bench`. Which blocks are read is forced through the mask, with summaries from which no estimate passes the
-threshold, so that every share can be had; reading and scoring the summaries of all blocks is part of the time.
+Both in one process, on the same cache in vLLM's layout (keys and values of a token side by side), each in a CUDA
+graph as engines run it, medians of `triton.testing.do_bench`. Which blocks are read is forced through the mask, with
+summaries from which no estimate passes the threshold, so that every share can be had; reading and scoring the
+summaries of all blocks is part of the time.
 
-The law of the forced lists: a sequence's head reads a share drawn log-normally around the mean (sigma 0.5), in runs of one block
-or more (geometric, two on average) at uniformly random places, and always its first and its newest two blocks.
+The law of the forced lists: a sequence's head reads a share drawn log-normally around the mean (sigma 0.5), in runs of
+one block or more (geometric, two on average) at uniformly random places; its first and its newest two blocks always.
 
     python -m benchmarks.decode_time_cuda [--out FOLDER]
 """
@@ -111,7 +112,7 @@ class Case:
         )
 
     def lite(self, share: float | None) -> tuple[Callable[[], Any], float]:
-        """A call that reads about `share` of the blocks (None: dense, every row disabled), and the share that it reads."""
+        """A call that reads about `share` of the blocks, and the share that it reads. None: every row is disabled."""
         bits = torch.stack([forced_bits(self.blocks, share or 0.0) for _ in range(self.rows * KV_HEADS)])
         mask = torch.stack([pack_bits(head) for head in bits]).view(self.rows, KV_HEADS, -1).to(DEVICE)
         threshold = -math.inf if share is None else NEVER

@@ -47,6 +47,27 @@ def decode_time(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def decode_time_cuda(result: dict[str, Any]) -> str:
+    machine, setup = result["machine"], result["setup"]
+    lines = [
+        f"Speed of the decode kernel on one {machine['processor']}, in CUDA graphs: against vLLM's paged "
+        "FlashAttention 3 in the same process, and the bytes read a second as a share of what PyTorch reads "
+        f"({setup['bandwidth'] / 1e12:.2f} TB/s); {setup['heads']} query and {setup['kv_heads']} KV heads of "
+        f"{setup['head_dim']}, pages of {setup['page_size']} (`benchmarks/decode_time_cuda.py`, which also says how "
+        "the blocks that are read lie):",
+        "",
+        "| sequences × context | blocks read | µs | against FlashAttention 3 | of the bandwidth |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        read = "all, every row disabled" if row["share"] is None else f"{row['read']:.1%}"
+        lines.append(
+            f"| {row['sequences']} × {row['tokens']:,} | {read} | {1e3 * row['milliseconds']:.0f} "
+            f"| {_times(row['speedup'])} | {row['bandwidth']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
 def forward_dense(result: dict[str, Any]) -> str:
     rows = [row for row in result["rows"] if row["group"] == "dense" and row["call"] == "dense"]
     tracking = {
@@ -105,6 +126,7 @@ def _times(speed: float | None) -> str:
 RESULTS = {
     decode_quality: "decode_quality",
     decode_time: "decode_time",
+    decode_time_cuda: "decode_time_cuda",
     forward_dense: "forward_time",
     forward_sparse: "forward_time",
 }
