@@ -180,6 +180,11 @@ class LiteAttention(nn.Module):
         """Share of (tile, block) pairs that the last call skipped: 0 if dense, None before any call."""
         return None if self._sparsity is None else float(self._sparsity)
 
+    @property
+    def sparsity_tensor(self) -> Tensor | float | None:
+        """As ``sparsity``, without waiting for the device: a scalar tensor where it has to be waited for."""
+        return self._sparsity
+
     def extra_repr(self) -> str:
         """Options, for ``print``."""
         return f"threshold={self.threshold}, rule={self.rule!r}, refresh_interval={self.refresh_interval}"

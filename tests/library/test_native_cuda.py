@@ -125,21 +125,26 @@ def test_tiles_must_agree(tile_q: int, block_k: int, library_of: Callable[[int, 
 
 
 @pytest.mark.skipif(not cuda.LIBRARY.exists(), reason="the CUDA kernels are not built")
-def test_the_built_library_registers_its_operator() -> None:
+def test_the_built_library_registers_its_operators() -> None:
     # Loaded lazily: what asks for the current stream is in the CUDA builds of PyTorch only.
     loader = ctypes.CDLL(None)
     loader.dlopen.argtypes, loader.dlopen.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_void_p
     handle = loader.dlopen(str(cuda.LIBRARY).encode(), os.RTLD_LAZY)
     assert handle
     assert cuda.tile_mismatch(ctypes.CDLL(str(cuda.LIBRARY), handle=handle)) is None
-    schema = torch.ops.lite_attention.forward_sm90.default._schema
-    written = [argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write]
-    assert written == ["out", "lse", "counter", "mask", "lse_state"]
+    for operator, written in (
+        ("forward_sm90", ["out", "lse", "counter", "mask", "lse_state"]),
+        ("decode_sm90", ["mask", "lse_state", "out", "lse", "visited", "workspace"]),
+        ("summarize_sm90", ["summaries"]),
+    ):
+        arguments = getattr(torch.ops.lite_attention, operator).default._schema.arguments
+        assert [a.name for a in arguments if a.alias_info and a.alias_info.is_write] == written
 
 
 def test_plan_of_the_build(build_cuda: ModuleType) -> None:
     units = list(build_cuda.units())
-    assert len({name for name, _, _ in units}) == len(units) == 5 * 2 + 2
+    kernels = 2 * len(build_cuda.FORWARD_HEAD_DIMS) + 2 * len(build_cuda.DECODE_HEAD_DIMS)
+    assert len({name for name, _, _ in units}) == len(units) == kernels + 4
     assert all((ROOT / "csrc" / source).exists() for _, source, _ in units)
     text = build_cuda.plan("library.so", Path("/a b/nvcc"), Path("/py/$torch"), Path("/cutlass"))
     assert "nvcc = '/a b/nvcc'\n" in text and "torch = '/py/$$torch'\n" in text

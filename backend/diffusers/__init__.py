@@ -1,0 +1,13 @@
+"""LiteAttention in pipelines of the library diffusers.
+
+from lite_attention.backend.diffusers import enable
+
+report = enable(pipeline, threshold=-8.0)
+video = pipeline(prompt).frames
+report.plot("sparsity.png")
+"""
+
+from lite_attention.backend.diffusers.report import Report
+from lite_attention.backend.diffusers.session import disable, enable, skipping
+
+__all__ = ["Report", "disable", "enable", "skipping"]

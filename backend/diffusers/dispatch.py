@@ -1,0 +1,67 @@
+"""Our entry in the registry of attention functions of diffusers.
+
+An attention processor of diffusers names its backend, and the function of that name is called with tensors only. Which
+layer it is for says the hook around the attention module, which has set it just before, in the same thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from torch import Tensor
+
+NAME = "lite_attn"
+
+Attend = Callable[..., Tensor]
+
+_next = threading.local()
+
+
+def set_attend(attend: Attend) -> None:
+    """Say who computes the attention that comes next in this thread: called as the function of a backend."""
+    _next.attend = attend
+
+
+@torch.compiler.disable
+def _lite_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    _parallel_config: Any = None,
+) -> Tensor:
+    attend: Attend | None = getattr(_next, "attend", None)
+    if attend is None:
+        raise RuntimeError(f"the attention backend {NAME} works only in pipelines after enable(pipeline)")
+    return attend(
+        query,
+        key,
+        value,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        parallel_config=_parallel_config,
+    )
+
+
+def register() -> AttentionBackendName:
+    """Our member of the names of backends, made and registered if need be."""
+    if NAME not in AttentionBackendName._value2member_map_:
+        member = str.__new__(AttentionBackendName, NAME)
+        member._name_ = NAME.upper()
+        member._value_ = NAME
+        AttentionBackendName._member_map_[member._name_] = member
+        AttentionBackendName._value2member_map_[NAME] = member
+        AttentionBackendName._member_names_.append(member._name_)
+        _AttentionBackendRegistry.register(member)(_lite_attention)
+    return AttentionBackendName(NAME)

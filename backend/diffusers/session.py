@@ -1,0 +1,375 @@
+"""Switches LiteAttention on and off in a pipeline, and follows its generations.
+
+State belongs to a layer, a guidance branch and a generation. The layer is known from a hook around its attention, the
+branch from the context that pipelines open on the transformer (`cache_context`), a new generation from the scheduler,
+whose timesteps a pipeline sets when it begins. A generation that was broken off leaves nothing to the next.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+
+from lite_attention import LiteAttention
+from lite_attention.attention import Threshold
+from lite_attention.backend.diffusers import dispatch
+from lite_attention.backend.diffusers.models import FAMILIES, Family, attentions, family_of
+from lite_attention.backend.diffusers.report import Report
+from lite_attention.options import Rule
+from lite_attention.ranges import Range
+
+logger = logging.getLogger(__name__)
+
+HOOK = "lite_attention"
+"""Our name in the hook registries of diffusers."""
+
+MAX_GAP = 4
+"""Steps that a layer may miss (caching libraries skip layers) before what it learned is too old."""
+
+_ATTRIBUTE = "_lite_attention_session"
+
+
+def enable(
+    pipeline: DiffusionPipeline,
+    threshold: Threshold = -8.0,
+    *,
+    rule: Rule = "running_max",
+    refresh_interval: int = 0,
+    warmup_steps: int = 0,
+    cooldown_steps: int = 0,
+) -> Report:
+    """Skip in the long self-attentions of a pipeline from its next generation on.
+
+    Works with CPU offload and with compiled transformers, whose graphs break at these attentions. A pipeline that is
+    enabled already gets the new options. Gradients are not supported.
+
+    Args:
+        pipeline: with a transformer of `lite_attention.backend.diffusers.models.FAMILIES`, or two of them.
+        threshold: log2 of a weight, or one for each row of a batch; see `LiteAttention.set_threshold`.
+        rule: when a block is cleared; see `lite_attention.reference.forward`.
+        refresh_interval: every so many steps all blocks are visited; 0 for never.
+        warmup_steps: so many steps at the beginning are dense.
+        cooldown_steps: so many steps at the end are dense.
+
+    Returns:
+        What is skipped, always of the last generation.
+
+    Raises:
+        TypeError, ValueError: an option is not what is expected, or the pipeline has no transformer that is known, or
+            shares one with a pipeline that is enabled.
+    """
+    for name, steps in (("warmup_steps", warmup_steps), ("cooldown_steps", cooldown_steps)):
+        if isinstance(steps, bool) or not isinstance(steps, int):
+            raise TypeError(f"{name}: expected an int, got {type(steps).__name__} {steps!r}")
+        if steps < 0:
+            raise ValueError(f"{name}: expected 0 or more, got {steps}")
+    make = functools.partial(LiteAttention, threshold, rule=rule, refresh_interval=refresh_interval)
+    make()  # an option that is not right is an error now, not in the first step
+    disable(pipeline)
+    session = _Session(pipeline, make, warmup_steps, cooldown_steps)
+    session.install()
+    return session.report
+
+
+def disable(pipeline: DiffusionPipeline) -> None:
+    """Give a pipeline its own attention back; nothing happens where it has it."""
+    session = getattr(pipeline, _ATTRIBUTE, None)
+    if session is not None:
+        session.remove()
+
+
+@contextmanager
+def skipping(pipeline: DiffusionPipeline, threshold: Threshold = -8.0, **options: Any) -> Iterator[Report]:
+    """`enable` for the length of a `with` statement."""
+    report = enable(pipeline, threshold, **options)
+    try:
+        yield report
+    finally:
+        disable(pipeline)
+
+
+class _Layer(ModelHook):
+    """Around an attention module: computes what its processor asks for.
+
+    Attributes:
+        name: of the transformer and the module.
+        stock: the attention backend that the processor named before.
+        attentions: the state of each branch, and the step at which it was last used.
+    """
+
+    def __init__(self, name: str, transformer: _Transformer, stock: Any) -> None:
+        super().__init__()
+        self.name = name
+        self.transformer = transformer
+        self.stock = stock
+        self.attentions: dict[str, tuple[LiteAttention, int]] = {}
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._announce()
+        return args, kwargs
+
+    @torch.compiler.disable
+    def _announce(self) -> None:
+        dispatch.set_attend(self.attend)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        attn_mask: Tensor | None,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+        parallel_config: Any,
+    ) -> Tensor:
+        """Attention over (batch, tokens, heads, head_dim), as the function of a backend computes it."""
+        step = self.transformer.step
+        keys = key.shape[1] if attn_mask is None else self.transformer.valid_keys(attn_mask)
+        reason = self.transformer.reason
+        if is_causal or dropout_p or parallel_config is not None:
+            reason = "attention is causal, drops out or is spread over GPUs"
+        elif keys is None:
+            reason = "an attention mask hides other keys than the last ones"
+        if reason is None and self.transformer.skips():
+            assert keys is not None
+            attention = self._attention(step)
+            ranges = self.transformer.text_ranges(key.shape[1], keys)
+            out = attention(query, key[:, :keys], value[:, :keys], scale, must_visit=ranges)
+            self._note(step, attention.sparsity_tensor)
+            return out
+        if reason is not None:
+            self.transformer.session.dense(reason)
+        self._note(step, 0.0)
+        return dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            backend=self.stock,
+            parallel_config=parallel_config,
+        )
+
+    def _attention(self, step: int) -> LiteAttention:
+        """This branch's state, without what is too old."""
+        branch = self.transformer.branch
+        assert branch is not None
+        attention, last = self.attentions.get(branch) or (self.transformer.session.make(), step)
+        if step - last > MAX_GAP:
+            attention.reset_skip_state()
+        self.attentions[branch] = attention, step
+        return attention
+
+    def _note(self, step: int, share: Tensor | float | None) -> None:
+        branch = self.transformer.branch or "no branch"
+        self.transformer.session.report.add(self.name, branch, step, 0.0 if share is None else share)
+
+
+class _Transformer(ModelHook):
+    """Around a transformer: which step of which branch it computes.
+
+    Attributes:
+        branch: what the pipeline calls the guidance branch; None if it does not say.
+        step: of the generation and the branch, from 0.
+    """
+
+    _is_stateful = True
+
+    def __init__(self, name: str, module: nn.Module, family: Family, session: _Session) -> None:
+        super().__init__()
+        self.module = module
+        self.family = family
+        self.session = session
+        self.signature = inspect.signature(type(module).forward)
+        self.branch: str | None = None
+        self.step = 0
+        self.text_tokens = 0
+        self.layers: dict[nn.Module, _Layer] = {}
+        for layer, attention in attentions(module, family).items():
+            stock = attention.processor._attention_backend  # type: ignore[union-attr]
+            self.layers[attention] = _Layer(f"{name}.{layer}", self, stock)
+        self._mask: tuple[Tensor, int | None] | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """Why this transformer cannot skip now; None if it can."""
+        return "the pipeline does not say which guidance branch it computes" if self.branch is None else None
+
+    def skips(self) -> bool:
+        """Whether this step is between warm-up and cool-down."""
+        session = self.session
+        return session.warmup_steps <= self.step < session.total_steps - session.cooldown_steps
+
+    def text_ranges(self, tokens: int, keys: int) -> list[Range]:
+        """Which of so many tokens are the prompt's and always visited; only the first `keys` are keys."""
+        text = min(self.text_tokens, tokens)
+        start = tokens - text if self.family.text == "end" else 0
+        return [(start, min(start + text, keys))] if text and start < keys else []
+
+    def valid_keys(self, mask: Tensor) -> int | None:
+        """How many keys, the first ones, a mask lets every query see; None if it is no such mask.
+
+        All layers of a call get the same mask, so the device is waited for once a call.
+        """
+        if self._mask is None or self._mask[0] is not mask:
+            self._mask = mask, _valid_prefix(mask)
+        return self._mask[1]
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._begin(args, kwargs)
+        return args, kwargs
+
+    @torch.compiler.disable
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.session.follow_scheduler()
+        self.step = self.session.steps[self.branch]
+        self.session.steps[self.branch] += 1
+        self._mask = None
+        if self.family.text != "none":
+            arguments = self.signature.bind_partial(self.module, *args, **kwargs).arguments
+            text = arguments.get("encoder_hidden_states")
+            self.text_tokens = text.shape[1] if isinstance(text, Tensor) else 0
+
+    def _set_context(self, module: nn.Module, name: str | None) -> None:
+        self.branch = name
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        """The generation is over."""
+        self._mask = None
+        for layer in self.layers.values():
+            layer.attentions.clear()
+        return module
+
+
+class _Session:
+    """LiteAttention in one pipeline.
+
+    Attributes:
+        steps: that a generation has begun, by branch, over all transformers.
+        total_steps: of the generation.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        make: functools.partial[LiteAttention],
+        warmup_steps: int,
+        cooldown_steps: int,
+    ) -> None:
+        self.pipeline = pipeline
+        self.make = make
+        self.warmup_steps = warmup_steps
+        self.cooldown_steps = cooldown_steps
+        self.steps: defaultdict[str | None, int] = defaultdict(int)
+        self.total_steps = 0
+        self.transformers = self._transformers()
+        self.report = Report([layer.name for hook in self.transformers for layer in hook.layers.values()])
+        self._scheduler: Any = None
+
+    def _transformers(self) -> list[_Transformer]:
+        found = []
+        for name, component in self.pipeline.components.items():
+            module = getattr(component, "_orig_mod", component)  # of a compiled one
+            family = family_of(module) if isinstance(module, nn.Module) else None
+            if family is None:
+                continue
+            if HookRegistry.check_if_exists_or_initialize(module).get_hook(HOOK) is not None:
+                raise ValueError(f"pipeline: expected a {name} of its own, got one that is enabled in another pipeline")
+            found.append(_Transformer(name, module, family, self))
+        if not found:
+            got = type(self.pipeline).__name__
+            raise ValueError(f"pipeline: expected one with a transformer of {', '.join(FAMILIES)}, got {got}")
+        return found
+
+    def install(self) -> None:
+        backend = dispatch.register()
+        for transformer in self.transformers:
+            HookRegistry.check_if_exists_or_initialize(transformer.module).register_hook(transformer, HOOK)
+            for module, layer in transformer.layers.items():
+                HookRegistry.check_if_exists_or_initialize(module).register_hook(layer, HOOK)
+                module.processor._attention_backend = backend  # type: ignore[union-attr]
+        self.follow_scheduler()
+        setattr(self.pipeline, _ATTRIBUTE, self)
+        torch.compiler.reset()
+
+    def remove(self) -> None:
+        for transformer in self.transformers:
+            transformer.module._diffusers_hook.remove_hook(HOOK, recurse=False)  # type: ignore[union-attr,operator]
+            transformer.reset_state(transformer.module)
+            for module, layer in transformer.layers.items():
+                module._diffusers_hook.remove_hook(HOOK, recurse=False)  # type: ignore[union-attr,operator]
+                module.processor._attention_backend = layer.stock  # type: ignore[union-attr]
+        self._leave_scheduler()
+        delattr(self.pipeline, _ATTRIBUTE)
+        torch.compiler.reset()
+
+    def follow_scheduler(self) -> None:
+        """Learn when the pipeline's scheduler, which users may have replaced, begins a generation."""
+        scheduler = self.pipeline.scheduler
+        if scheduler is self._scheduler:
+            return
+        self._leave_scheduler()
+        self._scheduler = scheduler
+        set_timesteps = scheduler.set_timesteps
+
+        @functools.wraps(set_timesteps)
+        def wrapped(*args: Any, **kwargs: Any) -> None:
+            set_timesteps(*args, **kwargs)
+            self._start()
+
+        scheduler.set_timesteps = wrapped
+        self._start()
+
+    def _leave_scheduler(self) -> None:
+        if self._scheduler is not None:
+            del self._scheduler.set_timesteps
+            self._scheduler = None
+
+    def _start(self) -> None:
+        """A generation begins."""
+        timesteps = getattr(self.pipeline.scheduler, "timesteps", None)
+        self.total_steps = len(timesteps) if timesteps is not None else 0
+        self.steps.clear()
+        self.report.clear()
+        for transformer in self.transformers:
+            transformer.reset_state(transformer.module)
+
+    def dense(self, reason: str) -> None:
+        """Attention is dense where skipping was asked for; said once a generation in the report, once in the log."""
+        if reason not in self.report.reasons:
+            self.report.reasons.add(reason)
+            _log_once(reason)
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    logger.warning("LiteAttention cannot act: %s. Attention is dense there.", reason)
+
+
+def _valid_prefix(mask: Tensor) -> int | None:
+    if mask.dtype != torch.bool:
+        return None
+    keys = mask.shape[-1]
+    rows = mask.reshape(-1, keys)
+    first = rows[0]
+    valid = int(first.sum())
+    if bool(first[:valid].all()) and bool((rows == first).all()):
+        return valid
+    return None
