@@ -1,7 +1,8 @@
-"""Our entry in the registry of attention functions of diffusers.
+"""How attention of diffusers comes to us.
 
-An attention processor of diffusers names its backend, and the function of that name is called with tensors only. Which
-layer it is for says the hook around the attention module, which has set it just before, in the same thread.
+Most attention processors name a backend, and the function of that name is called with tensors only: `register` enters
+ours. Which layer it is for says the hook around the attention module, which has set it just before, in the same thread.
+Other processors call PyTorch's attention: `InsteadOfTorch` takes their calls.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 NAME = "lite_attn"
 
@@ -52,6 +55,42 @@ def _lite_attention(
         enable_gqa=enable_gqa,
         parallel_config=_parallel_config,
     )
+
+
+class InsteadOfTorch(TorchFunctionMode):
+    """While it is entered, calls of `scaled_dot_product_attention` go to `attend`."""
+
+    def __init__(self, attend: Attend) -> None:
+        super().__init__()
+        self.attend = attend
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return self._attend(*args, **kwargs)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        out = self.attend(
+            *(tensor.transpose(1, 2) for tensor in (query, key, value)),
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            parallel_config=None,
+        )
+        return out.transpose(1, 2)
 
 
 def register() -> AttentionBackendName:

@@ -18,17 +18,21 @@ class Family:
     Attributes:
         layers: matches the names of the modules whose self-attention is over the picture or video.
         text: where the tokens of the prompt stand in that attention; they are never skipped.
+        chooses_backend: whether attention processors call the attention function of a backend that they name; else
+            they call PyTorch's `scaled_dot_product_attention`.
     """
 
     layers: re.Pattern[str]
     text: TextAt = "none"
+    chooses_backend: bool = True
 
 
-def _family(layers: str, text: TextAt = "none") -> Family:
-    return Family(re.compile(layers), text)
+def _family(layers: str, text: TextAt = "none", chooses_backend: bool = True) -> Family:
+    return Family(re.compile(layers), text, chooses_backend)
 
 
 FAMILIES = {
+    "CogVideoXTransformer3DModel": _family(r"transformer_blocks\.\d+\.attn1", "start", chooses_backend=False),
     "FluxTransformer2DModel": _family(r"(single_)?transformer_blocks\.\d+\.attn", "start"),
     "HunyuanVideoTransformer3DModel": _family(r"(single_)?transformer_blocks\.\d+\.attn", "end"),
     "LTXVideoTransformer3DModel": _family(r"transformer_blocks\.\d+\.attn1"),
@@ -56,7 +60,7 @@ def attentions(transformer: nn.Module, family: Family) -> dict[str, nn.Module]:
         raise ValueError(f"pipeline: expected attentions named {family.layers.pattern} in its transformer, found none")
     for name, module in found.items():
         processor = getattr(module, "processor", None)
-        if not hasattr(processor, "_attention_backend"):
+        if family.chooses_backend and not hasattr(processor, "_attention_backend"):
             raise ValueError(
                 f"pipeline: expected an attention processor that lets choose its backend at {name}, "
                 f"got {type(processor).__name__}"

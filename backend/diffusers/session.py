@@ -182,6 +182,16 @@ class _Layer(ModelHook):
         self.transformer.session.report.add(self.name, branch, step, 0.0 if share is None else share)
 
 
+class _TorchLayer(_Layer):
+    """Around an attention module whose processor calls PyTorch's attention."""
+
+    @torch.compiler.disable
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, its attention computed by us."""
+        with dispatch.InsteadOfTorch(self.attend):
+            return self.fn_ref.original_forward(*args, **kwargs)
+
+
 class _Transformer(ModelHook):
     """Around a transformer: which step of which branch it computes.
 
@@ -202,9 +212,10 @@ class _Transformer(ModelHook):
         self.step = 0
         self.text_tokens = 0
         self.layers: dict[nn.Module, _Layer] = {}
+        make = _Layer if family.chooses_backend else _TorchLayer
         for layer, attention in attentions(module, family).items():
-            stock = attention.processor._attention_backend  # type: ignore[union-attr]
-            self.layers[attention] = _Layer(f"{name}.{layer}", self, stock)
+            stock = getattr(attention.processor, "_attention_backend", None)
+            self.layers[attention] = make(f"{name}.{layer}", self, stock)
         self._mask: tuple[Tensor, int | None] | None = None
 
     @property
@@ -304,7 +315,8 @@ class _Session:
             HookRegistry.check_if_exists_or_initialize(transformer.module).register_hook(transformer, HOOK)
             for module, layer in transformer.layers.items():
                 HookRegistry.check_if_exists_or_initialize(module).register_hook(layer, HOOK)
-                module.processor._attention_backend = backend  # type: ignore[union-attr]
+                if transformer.family.chooses_backend:
+                    module.processor._attention_backend = backend  # type: ignore[union-attr]
         self.follow_scheduler()
         setattr(self.pipeline, _ATTRIBUTE, self)
         torch.compiler.reset()
@@ -315,7 +327,8 @@ class _Session:
             transformer.reset_state(transformer.module)
             for module, layer in transformer.layers.items():
                 module._diffusers_hook.remove_hook(HOOK, recurse=False)  # type: ignore[union-attr,operator]
-                module.processor._attention_backend = layer.stock  # type: ignore[union-attr]
+                if transformer.family.chooses_backend:
+                    module.processor._attention_backend = layer.stock  # type: ignore[union-attr]
         self._leave_scheduler()
         delattr(self.pipeline, _ATTRIBUTE)
         torch.compiler.reset()

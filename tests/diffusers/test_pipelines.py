@@ -205,7 +205,7 @@ class Tiny(diffusers.DiffusionPipeline):  # type: ignore[misc]
 
 def test_a_pipeline_without_a_known_transformer_is_refused() -> None:
     pipeline = Tiny(torch.nn.Linear(1, 1), diffusers.FlowMatchEulerDiscreteScheduler())
-    with pytest.raises(ValueError, match="pipeline: expected one with a transformer of Flux.*, got Tiny"):
+    with pytest.raises(ValueError, match="pipeline: expected one with a transformer of CogVideoX.*, got Tiny"):
         enable(pipeline)
 
 
@@ -281,6 +281,26 @@ def qwen_image() -> tuple[Any, tuple[int, ...], Callable[..., dict[str, Any]]]:
     )
 
 
+def cogvideox() -> tuple[Any, tuple[int, ...], Callable[..., dict[str, Any]]]:
+    made = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=32,
+        num_layers=2,
+        sample_width=16,
+        sample_height=32,
+        sample_frames=9,
+        max_text_seq_length=TEXT,
+        use_rotary_positional_embeddings=True,
+    )
+    angles = torch.outer(torch.arange(384.0), 1.0 / 100 ** torch.linspace(0, 1, 8)).repeat_interleave(2, 1)
+    rotary = (angles.cos(), angles.sin())
+    return made, (1, 3, 4, 32, 16), lambda text: {"image_rotary_emb": rotary}
+
+
 def ltx() -> tuple[Any, tuple[int, ...], Callable[..., dict[str, Any]]]:
     made = diffusers.LTXVideoTransformer3DModel(
         in_channels=8,
@@ -331,7 +351,23 @@ def hunyuan_video() -> tuple[Any, tuple[int, ...], Callable[..., dict[str, Any]]
     )
 
 
-@pytest.mark.parametrize("make", [flux, qwen_image, ltx, hunyuan_video])
+def wan_vace() -> tuple[Any, tuple[int, ...], Callable[..., dict[str, Any]]]:
+    made = diffusers.WanVACETransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=24,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=48,
+        num_layers=1,
+        rope_max_seq_len=32,
+        vace_layers=[0],
+        vace_in_channels=16,
+    )
+    control = torch.randn(1, 16, 3, 32, 16)
+    return made, (1, 16, 3, 32, 16), lambda text: {"control_hidden_states": control}
+
+
+@pytest.mark.parametrize("make", [cogvideox, flux, qwen_image, ltx, hunyuan_video, wan_vace])
 def test_other_transformers(make: Callable[[], Any]) -> None:
     torch.manual_seed(0)
     transformer, shape, arguments = make()

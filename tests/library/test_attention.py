@@ -5,7 +5,6 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,18 +18,11 @@ from lite_attention import LiteAttention, SeqParallelLiteAttention, attention, m
 from lite_attention.ranges import all_blocks, unpack_bits
 from lite_attention.tiles import BLOCK_K
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 LEVELS = torch.tensor([-4.0, -8.0, 6.0, -6.0, 0.0, -5.0])
 """Weight of each key block, natural log."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are small: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_inputs(

@@ -1,7 +1,7 @@
 """`lite_attention::forward`: the reference against PyTorch and rules worked out by hand, CPU against it."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -27,19 +27,12 @@ from tests.library.forward_cases import (
     sparsity_of,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "reference": reference.forward,
     "cpu": ops.forward,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are small: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Tensor:

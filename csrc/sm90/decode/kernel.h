@@ -500,6 +500,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         }
         fetched += blocks;
         merge(params, shared, unit, gathered, thread);
+        __syncwarp();
         if (lane == 0) { Barrier::arrive(&shared.units.empty[shared.units.place(n)]); }
     }
 }
