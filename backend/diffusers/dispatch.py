@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 NAME = "lite_attn"
 
 Attend = Callable[..., Tensor]
+"""Called as PyTorch's `scaled_dot_product_attention`, but with tensors (batch, tokens, heads, head_dim)."""
 
 _next = threading.local()
 
@@ -44,17 +45,7 @@ def _lite_attention(
     attend: Attend | None = getattr(_next, "attend", None)
     if attend is None:
         raise RuntimeError(f"the attention backend {NAME} works only in pipelines after enable(pipeline)")
-    return attend(
-        query,
-        key,
-        value,
-        attn_mask=attn_mask,
-        dropout_p=dropout_p,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        parallel_config=_parallel_config,
-    )
+    return attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, _parallel_config)
 
 
 class InsteadOfTorch(TorchFunctionMode):
@@ -66,31 +57,11 @@ class InsteadOfTorch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        return self._attend(*args, **kwargs)
+        return (self._instead if func is scaled_dot_product_attention else func)(*args, **kwargs)
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        out = self.attend(
-            *(tensor.transpose(1, 2) for tensor in (query, key, value)),
-            attn_mask=attn_mask,
-            dropout_p=dropout_p,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-            parallel_config=None,
-        )
-        return out.transpose(1, 2)
+    def _instead(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        by_token = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return self.attend(*by_token, *args, **kwargs).transpose(1, 2)
 
 
 def register() -> AttentionBackendName:

@@ -104,39 +104,30 @@ class _Layer(ModelHook):
 
     Attributes:
         name: of the transformer and the module.
-        stock: the attention backend that the processor named before.
+        stock: the attention backend that the processor named before, None for the default.
         attentions: the state of each branch, and the step at which it was last used.
     """
 
-    def __init__(self, name: str, transformer: _Transformer, stock: Any) -> None:
+    def __init__(self, name: str, transformer: _Transformer) -> None:
         super().__init__()
         self.name = name
         self.transformer = transformer
-        self.stock = stock
+        self.stock: Any = None
         self.attentions: dict[str, tuple[LiteAttention, int]] = {}
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self._announce()
-        return args, kwargs
-
-    @torch.compiler.disable
-    def _announce(self) -> None:
-        dispatch.set_attend(self.attend)
 
     def attend(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *,
-        attn_mask: Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-        parallel_config: Any,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        parallel_config: Any = None,
     ) -> Tensor:
-        """Attention over (batch, tokens, heads, head_dim), as the function of a backend computes it."""
+        """See `dispatch.Attend`."""
         step = self.transformer.step
         keys = key.shape[1] if attn_mask is None else self.transformer.valid_keys(attn_mask)
         reason = self.transformer.reason
@@ -154,18 +145,8 @@ class _Layer(ModelHook):
         if reason is not None:
             self.transformer.session.dense(reason)
         self._note(step, 0.0)
-        return dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            dropout_p=dropout_p,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-            backend=self.stock,
-            parallel_config=parallel_config,
-        )
+        options = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return dispatch_attention_fn(query, key, value, *options, backend=self.stock, parallel_config=parallel_config)
 
     def _attention(self, step: int) -> LiteAttention:
         """This branch's state, without what is too old."""
@@ -180,6 +161,27 @@ class _Layer(ModelHook):
     def _note(self, step: int, share: Tensor | float | None) -> None:
         branch = self.transformer.branch or "no branch"
         self.transformer.session.report.add(self.name, branch, step, 0.0 if share is None else share)
+
+
+class _BackendLayer(_Layer):
+    """Around an attention module whose processor names a backend: as long as the hook is there, ours."""
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        self.stock = module.processor._attention_backend  # type: ignore[union-attr]
+        module.processor._attention_backend = dispatch.register()  # type: ignore[union-attr]
+        return module
+
+    def deinitalize_hook(self, module: nn.Module) -> nn.Module:
+        module.processor._attention_backend = self.stock  # type: ignore[union-attr]
+        return module
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._announce()
+        return args, kwargs
+
+    @torch.compiler.disable
+    def _announce(self) -> None:
+        dispatch.set_attend(self.attend)
 
 
 class _TorchLayer(_Layer):
@@ -212,10 +214,9 @@ class _Transformer(ModelHook):
         self.step = 0
         self.text_tokens = 0
         self.layers: dict[nn.Module, _Layer] = {}
-        make = _Layer if family.chooses_backend else _TorchLayer
+        make = _BackendLayer if family.chooses_backend else _TorchLayer
         for layer, attention in attentions(module, family).items():
-            stock = getattr(attention.processor, "_attention_backend", None)
-            self.layers[attention] = make(f"{name}.{layer}", self, stock)
+            self.layers[attention] = make(f"{name}.{layer}", self)
         self._mask: tuple[Tensor, int | None] | None = None
 
     @property
@@ -310,13 +311,10 @@ class _Session:
         return found
 
     def install(self) -> None:
-        backend = dispatch.register()
         for transformer in self.transformers:
             HookRegistry.check_if_exists_or_initialize(transformer.module).register_hook(transformer, HOOK)
             for module, layer in transformer.layers.items():
                 HookRegistry.check_if_exists_or_initialize(module).register_hook(layer, HOOK)
-                if transformer.family.chooses_backend:
-                    module.processor._attention_backend = backend  # type: ignore[union-attr]
         self.follow_scheduler()
         setattr(self.pipeline, _ATTRIBUTE, self)
         torch.compiler.reset()
@@ -325,10 +323,8 @@ class _Session:
         for transformer in self.transformers:
             transformer.module._diffusers_hook.remove_hook(HOOK, recurse=False)  # type: ignore[union-attr,operator]
             transformer.reset_state(transformer.module)
-            for module, layer in transformer.layers.items():
+            for module in transformer.layers:
                 module._diffusers_hook.remove_hook(HOOK, recurse=False)  # type: ignore[union-attr,operator]
-                if transformer.family.chooses_backend:
-                    module.processor._attention_backend = layer.stock  # type: ignore[union-attr]
         self._leave_scheduler()
         delattr(self.pipeline, _ATTRIBUTE)
         torch.compiler.reset()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lite_attention import LiteAttention
 diffusers = pytest.importorskip("diffusers")
 
 from lite_attention.backend.diffusers import Report, disable, enable, skipping  # noqa: E402
-from tests.diffusers.conftest import STEPS, TEXT, sharpen  # noqa: E402
+from tests.diffusers.conftest import STEPS, TEXT, make_pipeline, sharpen  # noqa: E402
 
 Generate = Callable[..., Tensor]
 
@@ -42,7 +43,6 @@ def test_skipping_equals_a_state_for_each_layer_and_branch(
     from diffusers.models.transformers import transformer_wan
 
     stock = transformer_wan.dispatch_attention_fn
-    experts = [t for t in (pipeline.transformer, getattr(pipeline, "transformer_2", None)) if t is not None]
     calls: list[int] = []
     states: dict[tuple[int, int], LiteAttention] = {}
 
@@ -55,12 +55,9 @@ def test_skipping_equals_a_state_for_each_layer_and_branch(
         state = states.setdefault((int(switched), place), LiteAttention(-1.0, rule=rule))  # type: ignore[arg-type]
         return state(query, key, value)  # type: ignore[no-any-return]
 
-    steps_of_first = STEPS
     report = enable(pipeline, threshold=-1.0, rule=rule)  # type: ignore[arg-type]
     got = generate(pipeline)
-    if len(experts) == 2:
-        ran = report.sparsity("cond")[:, :2].isnan().any(1)
-        steps_of_first = report.sparsity("cond").shape[0] if not ran.any() else int((~ran).sum())
+    steps_of_first = int((~report.sparsity("cond")[:, :2].isnan().any(1)).sum())
     assert report.branches == ["cond", "uncond"]
     assert report.mean_sparsity > 0.05
     disable(pipeline)
@@ -220,10 +217,6 @@ def test_a_transformer_belongs_to_one_pipeline(pipeline: Any, generate: Generate
 
 
 def test_pipelines_in_threads_do_not_meet(generate: Generate) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    from tests.diffusers.conftest import make_pipeline
-
     pipelines = [make_pipeline(1), make_pipeline(1)]
     for pipeline, threshold in zip(pipelines, (-1.0, -0.5), strict=True):
         enable(pipeline, threshold=threshold)
