@@ -4,14 +4,10 @@ import torch
 from torch import Tensor
 
 from lite_attention.native import cuda
+from lite_attention.native.cuda import DTYPES, MAX_HEAD_DIM
 
-DTYPES = (torch.bfloat16, torch.float16)
-MAX_HEAD_DIM = 256
 MAX_GROUP = 16
 MAX_ROWS = 1024
-
-ALIGNMENT = 8
-"""Elements, 16 bytes: the copy engine takes strides in multiples of it, from addresses on it."""
 
 
 def check_supported(dtype: torch.dtype, head_dim: int, group: int, device: torch.device) -> None:
@@ -78,7 +74,7 @@ def decode(
     rows, heads, head_dim = query.shape
     kv_heads = key_cache.shape[2]
     check_supported(query.dtype, head_dim, heads // kv_heads, query.device)
-    if not _is_aligned(query):
+    if not cuda.is_aligned(query):
         query = query.clone(memory_format=torch.contiguous_format)
     max_tokens = block_table.shape[1] * key_cache.shape[1]
     size = workspace_bytes(rows, heads, kv_heads, head_dim, max_tokens)
@@ -176,14 +172,8 @@ def decode_into(
     )
 
 
-def _is_aligned(tensor: Tensor) -> bool:
-    strides = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if size > 1]
-    on_address = tensor.data_ptr() % (ALIGNMENT * tensor.element_size()) == 0
-    return on_address and tensor.stride(-1) == 1 and all(stride % ALIGNMENT == 0 for stride in strides)
-
-
 def _check_aligned(name: str, tensor: Tensor) -> None:
-    if not _is_aligned(tensor):
+    if not cuda.is_aligned(tensor):
         raise ValueError(
             f"{name}: expected 16-byte aligned rows on {tensor.device.type}, got strides {tensor.stride()}"
         )

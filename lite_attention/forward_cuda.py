@@ -5,13 +5,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lite_attention.native import cuda
+from lite_attention.native.cuda import ALIGNMENT, DTYPES, MAX_HEAD_DIM
 from lite_attention.options import Rule
-
-DTYPES = (torch.bfloat16, torch.float16)
-MAX_HEAD_DIM = 256
-
-ALIGNMENT = 8
-"""Elements, 16 bytes: the copy engine takes head_dim and strides in multiples of it, from addresses on it."""
 
 
 def check_supported(query: Tensor) -> None:
@@ -98,10 +93,7 @@ def _readable(tensor: Tensor) -> Tensor:
     """The tensor (batch, tokens, heads, head_dim), or a copy, padded with zeros, that the copy engine can read."""
     if padding := -tensor.shape[3] % ALIGNMENT:
         return pad(tensor, (0, padding)).contiguous()
-    aligned = tensor.data_ptr() % (ALIGNMENT * tensor.element_size()) == 0 and tensor.stride(3) == 1
-    for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True):
-        aligned = aligned and (size < 2 or (stride > 0 and stride % ALIGNMENT == 0))
-    return tensor if aligned else tensor.clone(memory_format=torch.contiguous_format)
+    return tensor if cuda.is_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _contiguous_rows(tensor: Tensor | None) -> Tensor | None:

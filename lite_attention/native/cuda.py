@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lite_attention.tiles import BLOCK_K, DECODE_BLOCK, TILE_Q
 
@@ -18,7 +19,21 @@ LIBRARY = Path(__file__).parent / "liblite_attention_cuda.so"
 CAPABILITY = (9, 0)
 """The compute capability, Hopper's, that the kernels are compiled for; they run on no other."""
 
+DTYPES = (torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+ALIGNMENT = 8
+"""Elements, 16 bytes: the copy engine takes head_dim and strides in multiples of it, from addresses on it."""
+
 NOT_BUILT = "not built: at installation there was no CUDA compiler (nvcc), or it failed"
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether the copy engine can read a tensor of 16-bit floats as it is."""
+    aligned = tensor.data_ptr() % (ALIGNMENT * tensor.element_size()) == 0 and tensor.stride(-1) == 1
+    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+        aligned = aligned and (size < 2 or (stride > 0 and stride % ALIGNMENT == 0))
+    return aligned
 
 
 @cache

@@ -7,14 +7,6 @@
 
 namespace lite_attention::sm90 {
 
-// Over a warp; every lane gets the result.
-template <class Join>
-CUTLASS_DEVICE float join_lanes(float value, Join join) {
-    CUTLASS_PRAGMA_UNROLL
-    for (int distance = 1; distance < kWarp; distance *= 2) { value = join(value, __shfl_xor_sync(~0u, value, distance)); }
-    return value;
-}
-
 // Sets the bits of the blocks that were visited: whether the share of a query head was above the threshold. The number of
 // blocks that this warp saw visited. `lse`: of the query heads, in log2 units.
 CUTLASS_DEVICE int update_mask(

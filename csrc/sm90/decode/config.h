@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Sizes, the roles of the warps and the shared-memory plan of the decode kernel.
+// Sizes and the roles of the warps of the decode kernels.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,14 +9,13 @@
 
 #include "../common/math.h"
 #include "../common/ring.h"
+#include "../common/warp.h"
 #include "params.h"
 
 namespace lite_attention::sm90 {
 
-constexpr int kWarp = 32;
-constexpr int kHeadTile = 8;   // query heads of a matrix product
-constexpr int kPlane = 64;     // channels that lie side by side in shared memory, 128 bytes
-constexpr int kWordBlocks = 32;  // blocks of a word of the mask
+constexpr int kHeadTile = 8;  // query heads of a matrix product
+constexpr int kPlane = 64;    // channels that lie side by side in shared memory, 128 bytes
 constexpr int kSegmentWords = kSegmentBlocks / kWordBlocks;
 constexpr int kCombiners = 16;  // warps that put the segments of a sequence's head together
 constexpr int kSharedBytes = 227 * 1024;

@@ -25,9 +25,6 @@ CUTLASS_DEVICE void mma(float (&d)[4], uint32_t const (&a)[4], uint32_t b0, uint
 CUTLASS_DEVICE uint32_t bits(__half2 pair) { return reinterpret_cast<uint32_t const&>(pair); }
 CUTLASS_DEVICE __half2 halves(uint32_t pair) { return reinterpret_cast<__half2 const&>(pair); }
 
-CUTLASS_DEVICE float2 widen(__half2 pair) { return __half22float2(pair); }
-CUTLASS_DEVICE float2 widen(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
-
 // Four bytes as halves of 1024 + byte, two of them in each result: 1024 + n is 0x6400 + n.
 CUTLASS_DEVICE void widen(uint32_t bytes, __half2& low, __half2& high) {
     low = halves(__byte_perm(bytes, 0x64646464u, 0x4140));

@@ -1,28 +1,15 @@
 // SPDX-License-Identifier: MIT
 // Writes the summaries of the blocks that a step has completed: as `lite_attention/reference.py`, `summarize`.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cfloat>
 
+#include "../common/warp.h"
 #include "params.h"
 
 namespace lite_attention::sm90 {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kWarps = 8;
 constexpr int kMaxPairs = 256 / (2 * kWarp);  // pairs of channels of a lane
-
-__device__ float2 widen(__half2 pair) { return __half22float2(pair); }
-__device__ float2 widen(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
-
-__device__ float largest_of_warp(float value) {
-    for (int distance = 1; distance < kWarp; distance *= 2) {
-        value = fmaxf(value, __shfl_xor_sync(~0u, value, distance));
-    }
-    return value;
-}
 
 // A warp for each token and key head; those whose token completes no block leave at once.
 template <class Pair>
@@ -70,7 +57,7 @@ __global__ void __launch_bounds__(kWarps * kWarp) summarize_kernel(SummarizePara
         largest_mean = fmaxf(largest_mean, fmaxf(fabsf(mean[pair].x), fabsf(mean[pair].y)));
         largest_deviation = fmaxf(largest_deviation, fmaxf(deviation[pair].x, deviation[pair].y));
     }
-    float2 const scales{largest_of_warp(largest_mean) / 127.0f, largest_of_warp(largest_deviation) / 255.0f};
+    float2 const scales{join_lanes(largest_mean, fmaxf) / 127.0f, join_lanes(largest_deviation, fmaxf) / 255.0f};
     float2 const steps{fmaxf(scales.x, FLT_MIN), fmaxf(scales.y, FLT_MIN)};
 
     uint8_t* const summary = params.summaries.data + page * params.summaries.page_stride +

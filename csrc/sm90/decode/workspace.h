@@ -19,13 +19,13 @@ struct WorkspaceLayout {
 
     WorkspaceLayout(int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t max_tokens) {
         constexpr int64_t kSegmentTokens = kSegmentBlocks * kDecodeBlock;
-        constexpr int64_t kWordTokens = 32 * kDecodeBlock;
+        constexpr int64_t kWordTokens = kWordBlocks * kDecodeBlock;
         words = static_cast<int>((max_tokens + kWordTokens - 1) / kWordTokens);
         segments = static_cast<int>((max_tokens + kSegmentTokens - 1) / kSegmentTokens);
         if (segments == 0) { segments = 1; }
         auto aligned = [](int64_t count) { return (count * 4 + 255) / 256 * 256; };
         masses = aligned(rows * kv_heads * words);
-        lse = masses + aligned(rows * heads * words * 32);
+        lse = masses + aligned(rows * heads * words * kWordBlocks);
         out = lse + aligned(rows * heads * segments);
         bytes = out + aligned(rows * heads * segments * head_dim);
     }
