@@ -62,8 +62,8 @@ class LiteAttentionImpl(AttentionImpl):  # type: ignore[misc]
         config = get_current_diffusion_config_or_none()
         if config is not None and config.parallel_config.ring_degree > 1:
             raise ValueError(
-                f"{NAME} does not support ring parallelism (ring_degree={config.parallel_config.ring_degree}): vLLM-Omni "
-                "computes its attention without asking the backend. Use Ulysses or all-gather parallelism."
+                f"{NAME} does not support ring parallelism (ring_degree={config.parallel_config.ring_degree}): "
+                "vLLM-Omni computes its attention without asking the backend. Use Ulysses or all-gather parallelism."
             )
         hooks.install(config)
         stock = _cached_get_backend_cls(None, head_size).get_impl_cls()
