@@ -21,7 +21,7 @@ _numbers = itertools.count()
 _layers: WeakValueDictionary[int, LiteAttentionImpl] = WeakValueDictionary()
 
 
-class LiteAttentionBackend(_stock):  # type: ignore[valid-type,misc]
+class LiteAttentionBackend(_stock):
     """The platform's default backend with its capabilities, under our name and with our implementation."""
 
     @staticmethod
@@ -35,7 +35,7 @@ class LiteAttentionBackend(_stock):  # type: ignore[valid-type,misc]
         return LiteAttentionImpl
 
 
-class LiteAttentionImpl(AttentionImpl):  # type: ignore[misc]
+class LiteAttentionImpl(AttentionImpl):
     """One attention layer.
 
     Attributes:
