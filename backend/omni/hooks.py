@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lite_attention.backend.omni.execution import Request, executing
@@ -56,7 +56,7 @@ def install(config: Any) -> None:
     wrap(DiffusionEngine, "postprocess_output", _postprocess_output, engine, tested)
     directory = metrics_directory()
     slots = int(getattr(config, "max_num_seqs", None) or 1)
-    _counters = metrics.StepCounters.create(Path(directory) / f"omni-{os.getpid()}", slots=slots)
+    _counters = metrics.StepCounters.create(directory / f"omni-{os.getpid()}", slots=slots)
     metrics.register(directory)
 
 
@@ -74,12 +74,24 @@ def _refusal(error: LiteParamError) -> Any:
     return DiffusionOutput.from_exception(OmniClientError(str(error)))
 
 
+@contextmanager
+def _running(pipeline: Any, requests: list[Request]) -> Iterator[None]:
+    """`executing`, counted."""
+    assert _counters is not None
+    _counters.set_active_slots(sum(request.options.skips for request in requests))
+    try:
+        with executing(pipeline, requests):
+            yield
+    finally:
+        _counters.set_active_slots(0)
+
+
 def _execute_model(original: Callable[..., Any], self: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         request = _parse(req)
     except LiteParamError as error:
         return _refusal(error)
-    with executing(self.pipeline, [request]):
+    with _running(self.pipeline, [request]):
         output = original(self, req, *args, **kwargs)
     _finish(request, output)
     return output
@@ -104,7 +116,7 @@ def _execute_model_batch(
     if requests:
         good = copy.copy(scheduler_output)
         good.scheduled_new_reqs = [new for new in scheduled if new.request_id not in outputs]
-        with executing(self.pipeline, requests):
+        with _running(self.pipeline, requests):
             done = original(self, good, *args, **kwargs).runner_outputs
             outputs |= {output.request_id: output for output in done}
         for request in requests:
@@ -115,7 +127,8 @@ def _execute_model_batch(
 def _finish(request: Request, output: Any) -> None:
     """Count what a request skipped, and note it in its output."""
     visited = round(float(request.visited))
-    if _counters is not None and request.total:
+    assert _counters is not None
+    if request.total:
         _counters.add_rows(request.options.threshold, request.rows, visited, request.total)
     sparsity = 1 - visited / request.total if request.total else None
     output.lite_attn = {"sparsity": sparsity, "blocks_visited": visited, "blocks_total": request.total}
