@@ -1,7 +1,6 @@
 """The emulator is exact: against the reference where there is one, and by what each policy promises elsewhere."""
 
 import math
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -27,16 +26,10 @@ from lite_attention.options import Rule
 from lite_attention.ranges import all_blocks, unpack_bits
 from lite_attention.tiles import BLOCK_K, TILE_Q, ceil_div
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Inputs = tuple[Tensor, Tensor, Tensor]
 assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def steps(number: int, tokens_q: int = 300, tokens_k: int = 430, heads: int = 2, kv_heads: int = 1) -> list[Inputs]:
