@@ -18,6 +18,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -57,9 +58,11 @@ def curves(rows: Sequence[Row], title: str) -> Figure:
                 style = "-" if method.startswith("product") else "--"
                 if points:
                     panel.plot(*zip(*sorted(points), strict=True), style, marker="o", markersize=3.5,
-                               color=f"C{number % 10}", label=method)  # fmt: skip
+                               color=plt.get_cmap("tab20")(number), label=method)  # fmt: skip
             panel.set_xlabel(name)
             panel.set_ylabel(meaning)
+        # What skips nothing differs by rounding only.
+        line[0].set_ylim(top=min(line[0].get_ylim()[1], 60))
     handles = panels[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside right upper", fontsize=8, title="product -, emulated - -")
     figure.suptitle(title, fontsize=11)
@@ -99,6 +102,7 @@ def layers(rows: Sequence[Row], pictures: dict[str, Tensor]) -> Figure:
                                    vmin=0, vmax=1)  # fmt: skip
     for panel, branch in zip(panels[:, 0], BRANCHES, strict=True):
         panel.set_ylabel(f"layer, {branch}")
+        panel.yaxis.set_major_locator(MaxNLocator(integer=True))
     for panel in panels[-1]:
         panel.set_xlabel("step")
     figure.colorbar(picture, ax=panels, label="share of blocks skipped", shrink=0.8)

@@ -12,8 +12,6 @@ from benchmarks.quality.methods import dense_attention
 from benchmarks.quality.video.model import NO_LABELS, LayerAttention, VideoTransformer, precision
 
 BRANCHES = ("conditional", "unconditional")
-SHIFT = 3.0
-"""How much of the way is spent near the noise, where a scene's layout is decided; in training as in sampling."""
 
 
 class Site(NamedTuple):
@@ -32,11 +30,6 @@ SiteAttention = Callable[[Site, Tensor, Tensor, Tensor], Tensor]
 def dense(site: Site, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """PyTorch's attention everywhere."""
     return dense_attention(query, key, value)
-
-
-def shifted(time: Tensor) -> Tensor:
-    """Times spread evenly over 0 to 1, moved towards the noise, which is at 1."""
-    return SHIFT * time / (1 + (SHIFT - 1) * time)
 
 
 def noise(frames: int, size: int, seed: int) -> Tensor:
@@ -60,7 +53,7 @@ def sample(
         model: on the device where all is computed.
         labels: int64 (batch, 4).
         start: noise, (batch, 3, frames, height, width).
-        steps: number of Euler steps.
+        steps: number of Euler steps, of the same length.
         guidance: factor of what the labels change; 1 for the labels as they are.
         attention: computes the attention of every site; the two branches of guidance are computed one after the other.
         after_step: called after each step, as for a progress bar.
@@ -68,7 +61,7 @@ def sample(
     device = model.patch_in.weight.device
     clips, labels = start.to(device), labels.to(device)
     branches = (labels, torch.tensor(NO_LABELS, device=device).expand_as(labels))
-    times = shifted(torch.linspace(1, 0, steps + 1)).tolist()
+    times = torch.linspace(1, 0, steps + 1).tolist()
     with precision(device):
         for step in range(steps):
             time = torch.full((len(clips),), times[step], device=device)

@@ -100,11 +100,11 @@ def _background(labels: Tensor, points: Tensor, draw: _Draw) -> Tensor:
     angle, phase = draw.uniform(0, math.pi), draw.uniform(0, 2 * math.pi)
     along = _spread(angle.cos()) * x + _spread(angle.sin()) * y
     across = _spread(angle.cos()) * y - _spread(angle.sin()) * x
-    frequency = _spread(draw.uniform(6, 14))
+    frequency = _spread(draw.uniform(4, 9))
     centre = draw.uniform(-0.8, 0.8, 2).T[..., None, None, None]
     waves = torch.zeros_like(along)
     for _ in range(6):
-        direction = draw.uniform(-6, 6, 2).T[..., None, None, None]
+        direction = draw.uniform(-4, 4, 2).T[..., None, None, None]
         waves += (direction[0] * x + direction[1] * y + _spread(draw.uniform(0, 2 * math.pi))).sin() / 2
     stripes = (frequency * along + _spread(phase)).sin()
     textures = (
@@ -129,7 +129,7 @@ def _paint(image: Tensor, kind: Tensor, size: Tensor, pixels: Tensor, pan: Tenso
     distance = _choose(_distances(x, y), shape) * radius
     coverage = (0.5 - distance * (image.shape[-1] / 2)).clamp(0, 1)[:, None]
     # Stripes, dots or nothing on it, and light from one side.
-    frequency = _spread(draw.uniform(8, 14))
+    frequency = _spread(draw.uniform(5, 9))
     marks = _choose(((frequency * x).sin(), (frequency * x).sin() * (frequency * y).sin(), 0 * x), draw.integer(3))
     shade = 0.8 + 0.15 * (4 * marks).tanh() - 0.12 * offset.sum(0).clamp(-1, 1)
     palette = torch.tensor(list(COLOURS.values()), device=image.device)

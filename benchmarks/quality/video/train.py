@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.quality.video import FOLDER, scenes
 from benchmarks.quality.video.model import NO_LABELS, TINY, Config, VideoTransformer, precision, save
-from benchmarks.quality.video.sample import noise, sample, shifted
+from benchmarks.quality.video.sample import noise, sample
 
 LEARNING_RATE = 1e-3
 WARMUP_STEPS = 200
@@ -44,8 +44,8 @@ class Stage(NamedTuple):
     batch: int
 
 
-# The same number of tokens, about 100,000, in every step.
-STAGES = (Stage(0.5, 8, 56, 64), Stage(0.15, 8, 112, 16), Stage(0.35, 16, 112, 8))
+# The same number of tokens, about 50,000, in every step.
+STAGES = (Stage(0.5, 8, 56, 32), Stage(0.15, 8, 112, 8), Stage(0.35, 16, 112, 4))
 TINY_STAGES = (Stage(0.7, 4, 16, 16), Stage(0.3, 4, 32, 4))
 
 
@@ -104,7 +104,7 @@ def _loss(model: VideoTransformer, stage: Stage, random: torch.Generator) -> Ten
     labels = scenes.draw_labels(stage.batch, random)
     clips = scenes.render(labels, random, stage.frames, stage.size, stage.size)
     noises = torch.randn(clips.shape, generator=random, device=device)
-    times = shifted(torch.randn(stage.batch, generator=random, device=device).sigmoid())
+    times = torch.randn(stage.batch, generator=random, device=device).sigmoid()
     unlabelled = torch.rand(stage.batch, 1, generator=random, device=device) < UNLABELLED
     labels = torch.where(unlabelled, torch.tensor(NO_LABELS, device=device), labels)
     mixed = torch.lerp(clips, noises, times.view(-1, 1, 1, 1, 1))
