@@ -251,7 +251,8 @@ class EmulatedAttention:
         visits = torch.ones(batch, heads, tiles, blocks, dtype=torch.bool, device=query.device)
         if skip and self.visits is not None and not (interval and self._steps % interval == 0):
             visits = self.visits
-        step = attend(query, key, value, visits, self.lse, grid, self.policy.summaries)
+        with torch.autocast(query.device.type, enabled=False):
+            step = attend(query, key, value, visits, self.lse, grid, self.policy.summaries)
         self.visited = visits
         self.sparsity = 1.0 - visits.float().mean()
         self.dropped = step.dropped.mean()

@@ -88,6 +88,15 @@ def test_product_and_emulator_agree_about_every_figure(rule: Rule) -> None:
     assert product.milliseconds() is None
 
 
+def test_the_emulator_computes_in_float32_wherever_it_is_called() -> None:
+    inputs = steps(1)[0]
+    exact = EmulatedAttention(Policy(Mass(-6.0), summaries="variance"))(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(EmulatedAttention(Policy(Mass(-6.0), summaries="variance"))(*inputs), exact)
+    half = EmulatedAttention(Policy(Mass(-6.0)))(*(tensor.bfloat16() for tensor in inputs))
+    assert half.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("summaries", ["none", "mean", "variance"])
 @pytest.mark.parametrize("grid", [Grid(), Grid(block_k=176), Grid(tile_q=64, block_k=32), Grid(block_k=1000)])
 def test_first_step_and_dense_steps_are_dense(summaries: methods.Summaries, grid: Grid) -> None:

@@ -98,6 +98,11 @@ def test_the_model_takes_clips_of_any_size(model: VideoTransformer, grid: tuple[
         return DenseAttention()(query, key, value)
 
     velocity = model(clips, torch.tensor([0.5]), LABELS, attention)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(clips, torch.tensor([0.5]), LABELS, attention)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, velocity, rtol=0.2, atol=0.1 * float(velocity.abs().max()))
+    calls = calls[: SMALL.layers]
     tokens = grid[0] * (grid[1] // PATCH) ** 2
     assert calls == [(layer, 1, tokens, SMALL.heads, 64) for layer in range(SMALL.layers)]
     assert velocity.shape == clips.shape

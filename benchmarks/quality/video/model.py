@@ -76,8 +76,9 @@ class Block(nn.Module):
         parts = (modulation + self.modulation)[:, :, None].unbind(1)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts
         query, key, value = self.qkv(_normed(tokens, shift, scale)).unflatten(2, (3, -1, HEAD_DIM)).unbind(2)
-        query, key = rotate(self.query_norm(query), rotation), rotate(self.key_norm(key), rotation)
-        attended = attention(query.to(value.dtype), key.to(value.dtype), value)
+        query = rotate(self.query_norm(query.float()), rotation).to(value.dtype)
+        key = rotate(self.key_norm(key.float()), rotation).to(value.dtype)
+        attended = attention(query, key, value)
         tokens = tokens + gate * self.attention_out(attended.flatten(2))
         hidden = gelu(self.mlp_in(_normed(tokens, mlp_shift, mlp_scale)), approximate="tanh")
         return tokens + mlp_gate * self.mlp_out(hidden)
@@ -148,9 +149,9 @@ def rotary(grid: tuple[int, ...], full: tuple[int, ...], device: torch.device) -
 
 
 def rotate(vectors: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn pairs of channels of (batch, tokens, heads, HEAD_DIM) by their angles, in float32."""
+    """Turn pairs of channels of (batch, tokens, heads, HEAD_DIM) by their angles."""
     cos, sin = rotation
-    left, right = vectors.float().chunk(2, -1)
+    left, right = vectors.chunk(2, -1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
 
 
