@@ -151,7 +151,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(f"--{error}")
     setup, machine = result["setup"], result["machine"]["processor"]
-    title = f"{setup['tokens']:,} tokens, {setup['steps']} steps, {setup['videos']} videos, {machine}"
+    title = f"{setup['tokens']:,} tokens, {setup['steps']} steps, mean over videos: {setup['videos']}, {machine}"
     made = {args.name: curves(result["rows"], title)}
     if shown:
         made[f"{args.name}_frames"] = frames(shown, pictures, setup["first_video"])
