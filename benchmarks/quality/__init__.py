@@ -1,0 +1,1 @@
+"""What skipping costs in quality, measured on real models."""

@@ -1,0 +1,254 @@
+"""What skipping costs in videos: every method at several thresholds, against dense attention with the same seed.
+
+For each video the model samples once with PyTorch's dense attention, then once with each method from the same noise.
+Kept are, as means over the videos: PSNR, SSIM and the error of motion against the dense clip
+(`benchmarks.quality.metrics`), the share of blocks skipped, the share of the softmax mass in them, and, where the
+project's kernels run, the time of all attention (CUDA events). `product-*` is the product as it is; the other methods
+are emulated (`benchmarks.quality.methods`) and have no time. A method that skips nothing shows how much rounding alone
+moves a clip.
+
+Videos for judging have labels that training never saw together; for choosing thresholds there are others
+(`--split calibrate`). Only whole rounds over all methods count; no round is begun that would overrun `--minutes`.
+
+    python -m benchmarks.quality.video.evaluate
+    python -m benchmarks.quality.video.evaluate --methods 'product-*' budget:-5,-4,-3 --videos 8
+    python -m benchmarks.quality.video.evaluate --frames 8 --name video_quality_short    # half the tokens
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.quality.methods import METHODS, Attention, DenseAttention, Method, choose_methods
+from benchmarks.quality.metrics import Fidelity, compare
+from benchmarks.quality.video import FOLDER, scenes
+from benchmarks.quality.video.model import HEAD_DIM, PATCH, VideoTransformer, load
+from benchmarks.quality.video.sample import BRANCHES, Site, noise, sample
+from benchmarks.results import DIRECTORY, write_result
+
+DENSE = Method("dense", -math.inf, DenseAttention)
+SPLITS = {"calibrate": 0, "judge": 1_000_000}
+"""First seed of each; `judge` has labels that are held out."""
+STILLS = 4
+"""Frames of the first video that are kept for the picture."""
+
+
+class Video(NamedTuple):
+    """What is sampled."""
+
+    labels: Tensor
+    """int64 (4,)."""
+    noise: Tensor
+    """(3, frames, size, size)."""
+
+
+class Run(NamedTuple):
+    """One video by one method."""
+
+    clip: Tensor
+    """(frames, height, width, 3), 0 to 1."""
+    sparsity: Tensor
+    """(steps, branches, layers)."""
+    dropped: Tensor
+    """(steps, branches, layers)."""
+    milliseconds: float | None
+    """Of all attention."""
+
+
+def choose_videos(split: str, count: int, frames: int, size: int) -> list[Video]:
+    """The first ``count`` videos of a split, the same on every machine."""
+    first = SPLITS[split]
+    labels = scenes.draw_labels(count, torch.Generator().manual_seed(first), held_out=split == "judge")
+    return [Video(label, noise(frames, size, first + i)) for i, label in enumerate(labels)]
+
+
+def generate(model: VideoTransformer, video: Video, method: Method, steps: int, guidance: float) -> Run:
+    """One video with a state for each layer and branch of guidance."""
+    layers: dict[tuple[int, int], Attention] = {}
+    shape = (steps, len(BRANCHES), model.config.layers)
+    sparsity, dropped = torch.zeros(2, *shape, device=model.patch_in.weight.device)
+
+    def attention(site: Site, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        layer = layers.get(site[1:])
+        if layer is None:
+            layer = layers[site[1:]] = method.make()
+        out = layer(query, key, value, skip=method.skips(site.step, steps))
+        sparsity[site], dropped[site] = layer.sparsity, layer.dropped
+        return out
+
+    clip = sample(model, video.labels[None], video.noise[None], steps, guidance, attention)[0]
+    times = [layer.milliseconds() for layer in layers.values()]
+    return Run(
+        clip.permute(1, 2, 3, 0),
+        sparsity.cpu(),
+        dropped.cpu(),
+        None if None in times else sum(milliseconds for milliseconds in times if milliseconds is not None),
+    )
+
+
+class Comparison:
+    """A method over all videos so far."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self.runs: list[Run] = []
+        self.fidelities: list[Fidelity] = []
+
+    def add(self, run: Run, dense: Run) -> None:
+        """Add a video; of its frames only the first video's stills are kept."""
+        self.fidelities.append(compare(run.clip.numpy(), dense.clip.numpy()))
+        self.runs.append(run._replace(clip=torch.empty(0) if self.runs else stills(run.clip)))
+
+    def row(self) -> dict[str, Any]:
+        """Means over the videos; a PSNR of None is that of equal clips."""
+        psnrs = [fidelity.psnr for fidelity in self.fidelities]
+        times = [run.milliseconds for run in self.runs if run.milliseconds is not None]
+        return {
+            "method": self.method.name,
+            "threshold": _finite(self.method.threshold),
+            "warmup_steps": self.method.warmup_steps,
+            "cooldown_steps": self.method.cooldown_steps,
+            "psnr": _finite(statistics.mean(psnrs)),
+            "ssim": statistics.mean(fidelity.ssim for fidelity in self.fidelities),
+            "temporal_error": statistics.mean(fidelity.temporal_error for fidelity in self.fidelities),
+            "sparsity": statistics.mean(run.sparsity.mean().item() for run in self.runs),
+            "dropped": statistics.mean(run.dropped.mean().item() for run in self.runs),
+            "attention_milliseconds": statistics.mean(times) if times else None,
+            "psnr_of_videos": [_finite(psnr) for psnr in psnrs],
+        }
+
+
+def _finite(number: float) -> float | None:
+    """JSON has no infinity."""
+    return number if math.isfinite(number) else None
+
+
+def stills(clip: Tensor) -> Tensor:
+    """Some frames of a clip, uint8."""
+    frames = torch.linspace(0, len(clip) - 1, min(STILLS, len(clip))).long()
+    return (clip[frames] * 255).round().byte().contiguous()
+
+
+def evaluate(
+    model: VideoTransformer,
+    videos: Sequence[Video],
+    methods: Sequence[Method],
+    steps: int,
+    guidance: float,
+    minutes: float = math.inf,
+) -> list[Comparison]:
+    """Each method over as many of the videos as there is time for, at least one; dense comes first."""
+    comparisons = [Comparison(method) for method in (DENSE, *methods)]
+    if model.patch_in.weight.is_cuda:
+        # Kernels are loaded, and chosen, before anything is timed.
+        for comparison in tqdm(comparisons, desc="warm-up", unit="step"):
+            generate(model, videos[0], comparison.method, 1, guidance)
+    start = time.monotonic()
+    longest = 0.0
+    with tqdm(total=len(videos) * len(comparisons), unit="clip") as progress:
+        for number, video in enumerate(videos):
+            begun = time.monotonic()
+            if number and begun + longest - start > 60 * minutes:
+                break
+            dense: Run | None = None
+            for comparison in comparisons:
+                progress.set_postfix_str(str(comparison.method))
+                run = generate(model, video, comparison.method, steps, guidance)
+                dense = dense or run
+                comparison.add(run, dense)
+                progress.update()
+            longest = max(longest, time.monotonic() - begun)
+    return comparisons
+
+
+def keep_pictures(comparisons: Sequence[Comparison], path: Path) -> None:
+    """Keep stills of the first video, and where each method skipped in it, for `benchmarks.quality.video.plot`."""
+    tensors = {}
+    for comparison in comparisons:
+        first = comparison.runs[0]
+        tensors[f"stills {comparison.method}"] = first.clip
+        tensors[f"sparsity {comparison.method}"] = first.sparsity
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path)
+    print(f"kept in {path}")
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """The figures as a table in Markdown."""
+    print("| method | threshold | PSNR dB | SSIM | temporal error | sparsity | dropped | attention ms |")
+    print("|---" * 8 + "|")
+    for row in rows:
+        threshold = "" if row["threshold"] is None else f"{row['threshold']:g}"
+        psnr = "equal" if row["psnr"] is None else f"{row['psnr']:.1f}"
+        milliseconds = "" if row["attention_milliseconds"] is None else f"{row['attention_milliseconds']:.0f}"
+        print(
+            f"| {row['method']} | {threshold} | {psnr} | {row['ssim']:.4f} | {row['temporal_error']:.3f} "
+            f"| {row['sparsity']:.3f} | {row['dropped']:.5f} | {milliseconds} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=FOLDER / "model.safetensors", help="of the command train")
+    parser.add_argument("--methods", nargs="+", default=["*"], metavar="NAME[:THRESHOLDS]",
+                        help=f"names or patterns, thresholds with commas; names are {', '.join(METHODS)}")  # fmt: skip
+    parser.add_argument("--videos", type=int, default=3, help="at most so many")
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin no video that would take longer")
+    parser.add_argument("--split", choices=SPLITS, default="judge")
+    parser.add_argument("--steps", type=int, default=30, help="Euler steps of a video")
+    parser.add_argument("--guidance", type=float, default=2.5)
+    parser.add_argument("--frames", type=int, help="of a video; default: as the model was trained")
+    parser.add_argument("--size", type=int, help="rows and columns of a frame; default: as the model was trained")
+    parser.add_argument("--name", default="video_quality", help="of the result")
+    parser.add_argument("--out", type=Path, default=DIRECTORY, help="folder of NAME.json")
+    parser.add_argument(
+        "--pictures", type=Path, default=FOLDER, help="folder of NAME.safetensors, for the command plot"
+    )
+    args = parser.parse_args()
+    for option in ("videos", "steps", "minutes"):
+        if not getattr(args, option) > 0:
+            parser.error(f"--{option}: expected a number above 0, got {getattr(args, option)}")
+    try:
+        methods = choose_methods(args.methods)
+        model = load(args.checkpoint, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(f"--{error}")
+    frames, size = args.frames or model.config.frames, args.size or model.config.size
+    if frames < 2 or size < 11 or size % PATCH:
+        parser.error(f"--frames, --size: expected 2 or more, and a multiple of {PATCH} from 12, got {frames}, {size}")
+
+    torch.set_float32_matmul_precision("high")  # for the emulator: inputs are exact in it
+    videos = choose_videos(args.split, args.videos, frames, size)
+    comparisons = evaluate(model, videos, methods, args.steps, args.guidance, args.minutes)
+    rows = [comparison.row() for comparison in comparisons]
+    print_table(rows)
+    setup = {
+        "videos": len(comparisons[0].runs),
+        "first_video": scenes.describe(videos[0].labels),
+        "split": args.split,
+        "frames": frames,
+        "size": size,
+        "tokens": frames * (size // PATCH) ** 2,
+        "layers": model.config.layers,
+        "heads": model.config.heads,
+        "head_dim": HEAD_DIM,
+        "steps": args.steps,
+        "guidance": args.guidance,
+    }
+    keep_pictures(comparisons, args.pictures / f"{args.name}.safetensors")
+    write_result(args.name, setup, rows, args.out)
+
+
+if __name__ == "__main__":
+    main()
