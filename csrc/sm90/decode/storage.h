@@ -15,6 +15,7 @@ struct SharedStorage {
     Unit<Config> unit[Config::kScorers];
     Ring<Config::kScorers> units;
     ScoringQuery<Config> scoring[Config::kScorers][Config::kHeadTiles];
+    int backlog;  // blocks that are listed and not fetched yet
 
     // Between the consumers.
     float max[Config::kConsumers][Config::kHeads];
