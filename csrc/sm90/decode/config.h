@@ -18,7 +18,7 @@ constexpr int kHeadTile = 8;  // query heads of a matrix product
 constexpr int kPlane = 64;    // channels that lie side by side in shared memory, 128 bytes
 constexpr int kSegmentWords = kSegmentBlocks / kWordBlocks;
 // Blocks that may be listed and not fetched yet when a thread block takes more work: who takes it early may end last.
-constexpr int kBacklog = 128;
+constexpr int kBacklog = 192;
 constexpr int kCombiners = 16;  // warps that put the segments of a sequence's head together
 constexpr int kSharedBytes = 227 * 1024;
 

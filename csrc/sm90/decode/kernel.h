@@ -87,6 +87,7 @@ CUTLASS_DEVICE void for_each_unit(SharedStorage<Config>& shared, Action action) 
             continue;
         }
         action(unit);
+        __syncwarp();
         if (threadIdx.x % kWarp == 0) { Barrier::arrive(&shared.units.empty[scorer]); }
     }
 }
@@ -271,9 +272,9 @@ CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& sha
             }
             // No lane may wait for a stage that another has yet to fill the time before.
             __syncwarp();
+            if (lane == 0) { atomicSub(&shared.backlog, min(kLanes, blocks - first)); }
         }
         fetched += blocks;
-        if (lane == 0) { atomicSub(&shared.backlog, blocks); }
     });
 }
 
