@@ -72,24 +72,33 @@ CUTLASS_DEVICE void number_units(KernelParams const& params, SharedStorage<Confi
 }
 
 // The units of a thread block in their order, for those who work on what the scorers list: the n-th is scorer n modulo
-// kScorers', who says with a negative row that it has no more. `action` gets n and the unit.
+// kScorers'. `action` gets the unit.
 template <class Config, class Action>
 CUTLASS_DEVICE void for_each_unit(SharedStorage<Config>& shared, Action action) {
-    constexpr uint32_t kAll = (1u << Config::kScorers) - 1;
-    uint32_t ended = 0;
-    for (uint32_t n = 0; ended != kAll; ++n) {
+    for (uint32_t n = 0;; ++n) {
         int const scorer = shared.units.place(n);
-        if (ended >> scorer & 1) { continue; }
         shared.units.wait_full(n);
-        Unit<Config>& unit = shared.unit[scorer];
-        if (unit.row < 0) {
-            ended |= 1u << scorer;
-            continue;
-        }
+        Unit<Config> const& unit = shared.unit[scorer];
+        if (unit.row < 0) { break; }
         action(unit);
         __syncwarp();
         if (threadIdx.x % kWarp == 0) { Barrier::arrive(&shared.units.empty[scorer]); }
     }
+}
+
+// Takes the n-th unit of a thread block, the next that none has taken. It waits as long as too much is listed, and for its turn:
+// otherwise who fetches unit n could wait for it while its scorer waits for later ones to be fetched. `expected`: blocks that it
+// will probably visit.
+template <class Config>
+CUTLASS_DEVICE int draw_unit(SharedStorage<Config>& shared, int32_t* drawn, uint32_t n, int expected) {
+    auto& turn = *static_cast<uint32_t volatile*>(&shared.turn);
+    auto& backlog = *static_cast<int volatile*>(&shared.backlog);
+    while (turn != n || backlog >= kBacklog) { __nanosleep(100); }
+    atomicAdd(&shared.backlog, expected);
+    int const index = Config::kScorers * gridDim.x + atomicAdd(drawn, 1);
+    __threadfence_block();
+    turn = n + 1;
+    return index;
 }
 
 // Lists what units of work visit. Runs in kScorers warps.
@@ -106,14 +115,14 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
     Unit<Config>& unit = shared.unit[warp];
     ScoringQuery<Config>* const scoring = shared.scoring[warp];
 
+    int expected = 0;  // blocks that are in the backlog before they are listed
+    int total = 0;
     for (uint32_t n = warp;; n += Config::kScorers) {
         int index = blockIdx.x + warp * gridDim.x;
         shared.units.wait_empty(n);
         if (n >= Config::kScorers) {
-            if (lane == 0) {
-                while (*static_cast<int volatile*>(&shared.backlog) >= kBacklog) { __nanosleep(200); }
-                index = Config::kScorers * gridDim.x + atomicAdd(workspace.drawn, 1);
-            }
+            expected = total;
+            if (lane == 0) { index = draw_unit(shared, workspace.drawn, n, expected); }
             index = __shfl_sync(~0u, index, 0);
         }
         if (index >= units) {
@@ -185,7 +194,7 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
             __syncwarp();
         }
 
-        int total = 0;
+        total = 0;
         Summaries<Config> ahead;
         if (!everything) { ahead.load(summary_of(0, unit.page[lane]), 0, call.head_dim); }
 #pragma unroll 1
@@ -227,7 +236,7 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
             unit.length = length;
             unit.blocks = total;
             unit.tracked = tracked;
-            atomicAdd(&shared.backlog, total);
+            atomicAdd(&shared.backlog, total - expected);
         }
         __syncwarp();
         if (lane == 0) { Barrier::arrive(&shared.units.full[warp]); }
@@ -545,6 +554,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) decode_kernel(__grid_cons
     if (threadIdx.x == 0) {
         shared.units.init(1, Config::kConsumers + 1);
         shared.stages.init(1, 1);
+        shared.turn = Config::kScorers;
         shared.backlog = 0;
         cutlass::arch::fence_barrier_init();
         cute::prefetch_tma_descriptor(&params.key);

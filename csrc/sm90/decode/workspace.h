@@ -25,14 +25,9 @@ struct WorkspaceLayout {
         segments = static_cast<int>((max_tokens + kSegmentTokens - 1) / kSegmentTokens);
         if (segments == 0) { segments = 1; }
         auto aligned = [](int64_t count) { return (count * 4 + 255) / 256 * 256; };
-<<<<<<< HEAD
-        masses = aligned(rows * kv_heads * words);
-        lse = masses + aligned(rows * heads * words * kWordBlocks);
-=======
         visited = aligned(1);
         masses = visited + aligned(rows * kv_heads * words);
-        lse = masses + aligned(rows * heads * words * 32);
->>>>>>> 1f1ac47 (Decode, not yet run on a GPU: units drawn as they come, summaries fetched ahead, one box a block, 128-byte promotion)
+        lse = masses + aligned(rows * heads * words * kWordBlocks);
         out = lse + aligned(rows * heads * segments);
         bytes = out + aligned(rows * heads * segments * head_dim);
     }
