@@ -46,7 +46,7 @@ struct Config {
     static constexpr int kStageElements = kDecodeBlock * kHeadDim;
     static constexpr int kStageBytes = 2 * kStageElements * 2;
     static constexpr int kOtherBytes =
-        kScorers * (5 * kSegmentBlocks + 2 * kHeads * kQueryRow + kHeadTiles * 32 * kHeadDim) +
+        kScorers * (8 * kSegmentBlocks + 2 * kHeads * kQueryRow + kHeadTiles * 32 * kHeadDim) +
         kConsumers * kSlice * kHeadTile * 4 + kMaxRows * 4 + 4096;
     static constexpr int kStages =
         std::min(40, (kSharedBytes - kOtherBytes) / kStageBytes / kConsumers * kConsumers);
@@ -62,8 +62,8 @@ struct Unit {
     int length;    // keys of the row
     int blocks;    // to visit
     bool tracked;  // whether the state is updated
-    int page[kSegmentBlocks];       // of each block to visit
-    uint8_t block[kSegmentBlocks];  // its number in the segment
+    int page[kSegmentBlocks];   // of each block to visit
+    int block[kSegmentBlocks];  // its number in the segment
     alignas(16) typename Config::Element query[Config::kHeads * Config::kQueryRow];
 };
 

@@ -88,14 +88,14 @@ CUTLASS_DEVICE void for_each_unit(SharedStorage<Config>& shared, Action action) 
 
 // Takes the n-th unit of a thread block, the next that none has taken. It waits as long as too much is listed, and for its turn:
 // otherwise who fetches unit n could wait for it while its scorer waits for later ones to be fetched. `expected`: blocks that it
-// will probably visit.
+// will probably visit. A number from `units` on means that there are no more.
 template <class Config>
-CUTLASS_DEVICE int draw_unit(SharedStorage<Config>& shared, int32_t* drawn, uint32_t n, int expected) {
+CUTLASS_DEVICE int draw_unit(SharedStorage<Config>& shared, int32_t* drawn, uint32_t n, int units, int expected) {
     auto& turn = *static_cast<uint32_t volatile*>(&shared.turn);
     auto& backlog = *static_cast<int volatile*>(&shared.backlog);
     while (turn != n || backlog >= kBacklog) { __nanosleep(100); }
-    atomicAdd(&shared.backlog, expected);
     int const index = Config::kScorers * gridDim.x + atomicAdd(drawn, 1);
+    if (index < units) { atomicAdd(&shared.backlog, expected); }
     __threadfence_block();
     turn = n + 1;
     return index;
@@ -122,7 +122,7 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
         shared.units.wait_empty(n);
         if (n >= Config::kScorers) {
             expected = total;
-            if (lane == 0) { index = draw_unit(shared, workspace.drawn, n, expected); }
+            if (lane == 0) { index = draw_unit(shared, workspace.drawn, n, units, expected); }
             index = __shfl_sync(~0u, index, 0);
         }
         if (index >= units) {
@@ -224,7 +224,7 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
             if (word >> lane & 1) {
                 int const i = total + __popc(word & ((1u << lane) - 1));
                 unit.page[i] = page;
-                unit.block[i] = static_cast<uint8_t>(w * kWordBlocks + lane);
+                unit.block[i] = w * kWordBlocks + lane;
             }
             if (lane == 0 && tracked) { workspace.visited[pair * workspace.words + first_word + w] = word; }
             total += __popc(word);
