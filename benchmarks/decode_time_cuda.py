@@ -135,7 +135,7 @@ class Case:
             mask,
             torch.zeros(self.rows, HEADS, device=DEVICE),
             HEAD_DIM**-0.5,
-            torch.empty(size, dtype=torch.uint8, device=DEVICE),
+            torch.zeros(size, dtype=torch.uint8, device=DEVICE),
         )
         decode_cuda.decode_into(*arguments)
         read = float(visited.sum()) / (self.rows * KV_HEADS * self.blocks)

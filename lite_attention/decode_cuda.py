@@ -9,6 +9,9 @@ from lite_attention.native.cuda import DTYPES, MAX_HEAD_DIM
 MAX_GROUP = 16
 MAX_ROWS = 1024
 
+COUNTER_BYTES = 4
+"""The part of a workspace, its first, that is zero before a call and again after it."""
+
 
 def check_supported(dtype: torch.dtype, head_dim: int, group: int, device: torch.device) -> None:
     """Check that the kernels take queries of that type and head_dim, ``group`` query heads a key head, on that device.
@@ -44,7 +47,10 @@ def summarize(key_cache: Tensor, slot_mapping: Tensor, summaries: Tensor) -> Non
 
 
 def workspace_bytes(rows: int, heads: int, kv_heads: int, head_dim: int, max_tokens: int) -> int:
-    """Bytes of the workspace of a call; ``max_tokens`` is what a row of the block table has room for."""
+    """Bytes of the workspace of calls with up to so many rows, of this rank's heads.
+
+    ``max_tokens``: what a row of the block table has room for.
+    """
     return cuda.decode_workspace_bytes(rows, heads, kv_heads, head_dim, max_tokens)
 
 
@@ -79,6 +85,7 @@ def decode(
     max_tokens = block_table.shape[1] * key_cache.shape[1]
     size = workspace_bytes(rows, heads, kv_heads, head_dim, max_tokens)
     workspace = torch.empty(size, dtype=torch.uint8, device=query.device)
+    workspace[:COUNTER_BYTES].zero_()
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(rows, heads, dtype=torch.float32, device=query.device)
     visited = torch.zeros(rows, dtype=torch.int32, device=query.device)
@@ -133,7 +140,8 @@ def decode_into(
         out: (rows, heads, head_dim), written; type of the query, last dimension contiguous.
         lse: (rows, heads) float32 contiguous, written.
         visited: (rows,) int32, added to.
-        workspace: uint8, at least `workspace_bytes`; what is in it does not matter.
+        workspace: uint8, at least `workspace_bytes`, zeros before the first call in it. Calls that run one after the
+            other can share it.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `check_supported` says.

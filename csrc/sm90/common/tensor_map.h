@@ -21,34 +21,30 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
     return encode;
 }
 
-// Describes a tensor of 16-bit floats with four dimensions, the first contiguous, in boxes of box0 x box1 x 1 x 1 that lie in
-// shared memory with the given swizzle. Strides in elements. False if the copy engine cannot read it.
-inline bool encode_tensor_map(
-    CUtensorMap& map, bool bfloat16, void* data, int64_t const (&sizes)[4], int64_t const (&strides)[3], int box0, int box1,
-    CUtensorMapSwizzle swizzle) {
+// Describes a tensor of 16-bit floats, its first dimension contiguous, in boxes that lie in shared memory with the given swizzle.
+// Strides, in elements, begin with the second dimension's. False if the copy engine cannot read it.
+template <int kDims>
+bool encode_tensor_map(
+    CUtensorMap& map, bool bfloat16, void* data, int64_t const (&sizes)[kDims], int64_t const (&strides)[kDims - 1],
+    int const (&box)[kDims], CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion) {
     constexpr int kElementBytes = 2;
-    cuuint64_t map_sizes[4];
-    cuuint64_t map_strides[3];
-    for (int i = 0; i < 4; ++i) { map_sizes[i] = static_cast<cuuint64_t>(sizes[i] > 0 ? sizes[i] : 1); }
-    for (int i = 0; i < 3; ++i) {
+    cuuint64_t map_sizes[kDims];
+    cuuint64_t map_strides[kDims - 1];
+    cuuint32_t map_box[kDims];
+    cuuint32_t steps[kDims];
+    for (int i = 0; i < kDims; ++i) {
+        map_sizes[i] = static_cast<cuuint64_t>(sizes[i] > 0 ? sizes[i] : 1);
+        map_box[i] = static_cast<cuuint32_t>(box[i]);
+        steps[i] = 1;
+    }
+    for (int i = 0; i < kDims - 1; ++i) {
         // A dimension of one element may come with any stride, also with one that the copy engine refuses.
         map_strides[i] = sizes[i + 1] > 1 ? strides[i] * kElementBytes : 16;
     }
-    cuuint32_t const box[4] = {static_cast<cuuint32_t>(box0), static_cast<cuuint32_t>(box1), 1, 1};
-    cuuint32_t const steps[4] = {1, 1, 1, 1};
     return tensor_map_encoder()(
-               &map, bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, data, map_sizes,
-               map_strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               &map, bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, kDims, data, map_sizes,
+               map_strides, map_box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion,
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-// Streaming multiprocessors of the current device.
-inline int processors() {
-    int device = 0;
-    int count = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    return count;
 }
 
 }  // namespace lite_attention::sm90

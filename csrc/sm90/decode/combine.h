@@ -61,6 +61,7 @@ __global__ void __launch_bounds__(kCombiners * kWarp) combine_kernel(__grid_cons
     int64_t const pair = static_cast<int64_t>(row) * call.kv_heads + kv_head;
     float const* const lses = workspace.lse + pair * workspace.segments * group;
     cudaGridDependencySynchronize();
+    if (row == 0 && kv_head == 0 && thread == 0) { *workspace.drawn = 0; }
 
     for (int head = thread / kWarp; head < group; head += kCombiners) {
         float largest = -INFINITY;

@@ -17,6 +17,8 @@ namespace lite_attention::sm90 {
 constexpr int kHeadTile = 8;  // query heads of a matrix product
 constexpr int kPlane = 64;    // channels that lie side by side in shared memory, 128 bytes
 constexpr int kSegmentWords = kSegmentBlocks / kWordBlocks;
+// Blocks that may be listed and not fetched yet when a thread block takes more work: who takes it early may end last.
+constexpr int kBacklog = 192;
 constexpr int kCombiners = 16;  // warps that put the segments of a sequence's head together
 constexpr int kSharedBytes = 227 * 1024;
 
@@ -31,7 +33,7 @@ struct Config {
 
     static constexpr int kConsumers = 8;
     // Warps that score, each a unit of work of its own: as many as there is shared memory for.
-    static constexpr int kScorers = kHeadDim * kHeadTiles <= 128 ? 8 : kHeadDim * kHeadTiles <= 256 ? 4 : 2;
+    static constexpr int kScorers = kHeadDim * kHeadTiles <= 256 ? 4 : 2;
     static constexpr int kThreads = (kConsumers + kScorers + 1) * kWarp;
 
     // Channels whose sums over the warps are taken at a time.
@@ -44,7 +46,7 @@ struct Config {
     static constexpr int kStageElements = kDecodeBlock * kHeadDim;
     static constexpr int kStageBytes = 2 * kStageElements * 2;
     static constexpr int kOtherBytes =
-        kScorers * (5 * kSegmentBlocks + 2 * kHeads * kQueryRow + kHeadTiles * 32 * kHeadDim) +
+        kScorers * (8 * kSegmentBlocks + 2 * kHeads * kQueryRow + kHeadTiles * 32 * kHeadDim) +
         kConsumers * kSlice * kHeadTile * 4 + kMaxRows * 4 + 4096;
     static constexpr int kStages =
         std::min(40, (kSharedBytes - kOtherBytes) / kStageBytes / kConsumers * kConsumers);
@@ -60,8 +62,8 @@ struct Unit {
     int length;    // keys of the row
     int blocks;    // to visit
     bool tracked;  // whether the state is updated
-    int page[kSegmentBlocks];       // of each block to visit
-    uint8_t block[kSegmentBlocks];  // its number in the segment
+    int page[kSegmentBlocks];   // of each block to visit
+    int block[kSegmentBlocks];  // its number in the segment
     alignas(16) typename Config::Element query[Config::kHeads * Config::kQueryRow];
 };
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Compiled once for each head size (LITE_HEAD_DIM) and type (LITE_BFLOAT16).
+#include "../common/device.h"
 #include "../common/tensor_map.h"
 #include "combine.h"
 #include "launch.h"
@@ -8,16 +9,23 @@
 namespace lite_attention::sm90 {
 namespace {
 
-bool encode(CUtensorMap& map, DecodeParams const& params, PagedView const& view) {
-    return encode_tensor_map(
-        map, params.dtype == DType::kBFloat16, view.data, {params.head_dim, params.page_size, params.kv_heads, params.pages},
-        {view.token_stride, view.head_stride, view.page_stride}, kPlane, kDecodeBlock, CU_TENSOR_MAP_SWIZZLE_128B);
+// Describes keys or values to the copy engine as planes of channels, in boxes of one block. Where head_dim is no multiple of a
+// plane, a box is of one plane only, and what a head lacks is zero.
+bool encode(CUtensorMap& map, DecodeParams const& params, PagedView const& view, int box_planes) {
+    int64_t const planes = ceil_div(params.head_dim, kPlane);
+    return encode_tensor_map<5>(
+        map, params.dtype == DType::kBFloat16, view.data,
+        {box_planes > 1 ? kPlane : params.head_dim, params.page_size, box_planes > 1 ? planes : 1, params.kv_heads, params.pages},
+        {view.token_stride, kPlane, view.head_stride, view.page_stride}, {kPlane, kDecodeBlock, box_planes, 1, 1},
+        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
 }
 
 template <class Config>
 char const* launch(DecodeParams const& params, cudaStream_t stream) {
     KernelParams kernel_params{};
-    if (!encode(kernel_params.key, params, params.key) || !encode(kernel_params.value, params, params.value)) {
+    kernel_params.box_planes = params.head_dim == Config::kHeadDim ? Config::kPlanes : 1;
+    if (!encode(kernel_params.key, params, params.key, kernel_params.box_planes) ||
+        !encode(kernel_params.value, params, params.value, kernel_params.box_planes)) {
         return "the copy engine refuses the cache: expected 16-byte aligned data and strides";
     }
     WorkspaceLayout const layout(
@@ -26,7 +34,8 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     auto* const memory = static_cast<uint8_t*>(params.workspace);
     kernel_params.call = params;
     kernel_params.workspace = {
-        reinterpret_cast<uint32_t*>(memory),
+        reinterpret_cast<int32_t*>(memory),
+        reinterpret_cast<uint32_t*>(memory + layout.visited),
         reinterpret_cast<float*>(memory + layout.masses),
         reinterpret_cast<float*>(memory + layout.lse),
         reinterpret_cast<float*>(memory + layout.out),

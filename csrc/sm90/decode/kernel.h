@@ -14,6 +14,7 @@ namespace lite_attention::sm90 {
 
 // What the units of a call leave for the second kernel.
 struct Workspace {
+    int32_t* drawn;     // units that were taken beside each thread block's first ones; zero between calls
     uint32_t* visited;  // (rows, kv_heads, words) blocks that were visited
     float* masses;      // (rows, kv_heads, blocks, group) log2 of a block's mass, of blocks that were visited
     float* lse;         // (rows, kv_heads, segments, group) of a segment, in log2 units
@@ -24,9 +25,10 @@ struct Workspace {
 };
 
 struct KernelParams {
-    // (channels, tokens of a page, key heads, pages)
+    // (channels of a plane, tokens of a page, planes, key heads, pages); where a box holds one plane, all channels are in it.
     CUtensorMap key;
     CUtensorMap value;
+    int box_planes;
     DecodeParams call;
     Workspace workspace;
     int group;  // query heads of a key head
@@ -69,7 +71,37 @@ CUTLASS_DEVICE void number_units(KernelParams const& params, SharedStorage<Confi
     __syncthreads();
 }
 
-// Lists what units of work visit. Runs in kScorers warps; the n-th unit is warp n modulo kScorers'.
+// The units of a thread block in their order, for those who work on what the scorers list: the n-th is scorer n modulo
+// kScorers'. `action` gets the unit.
+template <class Config, class Action>
+CUTLASS_DEVICE void for_each_unit(SharedStorage<Config>& shared, Action action) {
+    for (uint32_t n = 0;; ++n) {
+        int const scorer = shared.units.place(n);
+        shared.units.wait_full(n);
+        Unit<Config> const& unit = shared.unit[scorer];
+        if (unit.row < 0) { break; }
+        action(unit);
+        __syncwarp();
+        if (threadIdx.x % kWarp == 0) { Barrier::arrive(&shared.units.empty[scorer]); }
+    }
+}
+
+// Takes the n-th unit of a thread block, the next that none has taken. It waits as long as too much is listed, and for its turn:
+// otherwise who fetches unit n could wait for it while its scorer waits for later ones to be fetched. `expected`: blocks that it
+// will probably visit. A number from `units` on means that there are no more.
+template <class Config>
+CUTLASS_DEVICE int draw_unit(SharedStorage<Config>& shared, int32_t* drawn, uint32_t n, int units, int expected) {
+    auto& turn = *static_cast<uint32_t volatile*>(&shared.turn);
+    auto& backlog = *static_cast<int volatile*>(&shared.backlog);
+    while (turn != n || backlog >= kBacklog) { __nanosleep(100); }
+    int const index = Config::kScorers * gridDim.x + atomicAdd(drawn, 1);
+    if (index < units) { atomicAdd(&shared.backlog, expected); }
+    __threadfence_block();
+    turn = n + 1;
+    return index;
+}
+
+// Lists what units of work visit. Runs in kScorers warps.
 template <class Config>
 CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shared) {
     using Element = typename Config::Element;
@@ -83,9 +115,16 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
     Unit<Config>& unit = shared.unit[warp];
     ScoringQuery<Config>* const scoring = shared.scoring[warp];
 
+    int expected = 0;  // blocks that are in the backlog before they are listed
+    int total = 0;
     for (uint32_t n = warp;; n += Config::kScorers) {
-        int const index = blockIdx.x + n * gridDim.x;
+        int index = blockIdx.x + warp * gridDim.x;
         shared.units.wait_empty(n);
+        if (n >= Config::kScorers) {
+            expected = total;
+            if (lane == 0) { index = draw_unit(shared, workspace.drawn, n, units, expected); }
+            index = __shfl_sync(~0u, index, 0);
+        }
         if (index >= units) {
             if (lane == 0) {
                 unit.row = -1;
@@ -110,12 +149,20 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
         int const words = min(kSegmentWords, ceil_div(blocks, kWordBlocks) - first_word);
         int64_t const pair = static_cast<int64_t>(row) * call.kv_heads + kv_head;
 
+        // Where the summary of this lane's block of a word is. A block that does not exist has the one of another.
+        auto summary_of = [&](int w, int page) -> uint8_t const* {
+            int const block = (first_word + w) * kWordBlocks + lane;
+            int const place = block < blocks ? block % blocks_of_page : 0;
+            return call.summaries.data + page * call.summaries.page_stride + kv_head * call.summaries.head_stride +
+                   place * call.summaries.block_stride;
+        };
         // Every block's page at first; the list of those to visit grows over it.
         CUTLASS_PRAGMA_UNROLL
         for (int w = 0; w < kSegmentWords; ++w) {
             int const block = (first_word + w) * kWordBlocks + lane;
-            unit.page[w * kWordBlocks + lane] =
-                block < blocks ? call.block_table[row * call.block_table_stride + block / blocks_of_page] : 0;
+            int const page = block < blocks ? call.block_table[row * call.block_table_stride + block / blocks_of_page] : 0;
+            unit.page[w * kWordBlocks + lane] = page;
+            if (!everything && block < blocks) { prefetch(summary_of(w, page), 2 * call.head_dim + 8); }
         }
         Element const* const query = static_cast<Element const*>(call.query) + row * call.query_row_stride +
                                      kv_head * group * call.query_head_stride;
@@ -147,32 +194,28 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
             __syncwarp();
         }
 
-        int total = 0;
+        total = 0;
+        Summaries<Config> ahead;
+        if (!everything) { ahead.load(summary_of(0, unit.page[lane]), 0, call.head_dim); }
 #pragma unroll 1
         for (int w = 0; w < words; ++w) {
             int const page = unit.page[w * kWordBlocks + lane];
             int const block = (first_word + w) * kWordBlocks + lane;
             uint32_t word = __ballot_sync(~0u, block < blocks);
             if (!everything) {
-                // A block that does not exist has the summary of one that does: it is read, and counts for nothing.
-                int const place = block < blocks ? block % blocks_of_page : 0;
-                uint8_t const* const summary = call.summaries.data + page * call.summaries.page_stride +
-                                               kv_head * call.summaries.head_stride + place * call.summaries.block_stride;
                 // The first block, and the newest two, which may have no summary yet.
                 uint32_t visits = __shfl_sync(~0u, mattered, w) | __ballot_sync(~0u, block == 0 || block >= blocks - 2);
-                // What is on its way at a time: as much as there are registers for.
-                constexpr int kAhead = Config::kHeadDim <= 128 ? 2 : 1;
                 CUTLASS_PRAGMA_UNROLL
-                for (int first = 0; first < 2; first += kAhead) {
-                    Summaries<Config> summaries[kAhead];
+                for (int half = 0; half < 2; ++half) {
+                    Summaries<Config> const summaries = ahead;
+                    if (half == 0) {
+                        ahead.load(summary_of(w, page), 16, call.head_dim);
+                    } else if (w + 1 < words) {
+                        ahead.load(summary_of(w + 1, unit.page[(w + 1) * kWordBlocks + lane]), 0, call.head_dim);
+                    }
                     CUTLASS_PRAGMA_UNROLL
-                    for (int i = 0; i < kAhead; ++i) { summaries[i].load(summary, (first + i) * 16, call.head_dim); }
-                    CUTLASS_PRAGMA_UNROLL
-                    for (int i = 0; i < kAhead; ++i) {
-                        CUTLASS_PRAGMA_UNROLL
-                        for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
-                            visits |= summaries[i].score(scoring[tile], params.scale_log2, limit[tile]) << ((first + i) * 16);
-                        }
+                    for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
+                        visits |= summaries.score(scoring[tile], params.scale_log2, limit[tile]) << (half * 16);
                     }
                 }
                 word &= visits;
@@ -181,7 +224,7 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
             if (word >> lane & 1) {
                 int const i = total + __popc(word & ((1u << lane) - 1));
                 unit.page[i] = page;
-                unit.block[i] = static_cast<uint8_t>(w * kWordBlocks + lane);
+                unit.block[i] = w * kWordBlocks + lane;
             }
             if (lane == 0 && tracked) { workspace.visited[pair * workspace.words + first_word + w] = word; }
             total += __popc(word);
@@ -193,6 +236,7 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
             unit.length = length;
             unit.blocks = total;
             unit.tracked = tracked;
+            atomicAdd(&shared.backlog, total - expected);
         }
         __syncwarp();
         if (lane == 0) { Barrier::arrive(&shared.units.full[warp]); }
@@ -207,10 +251,7 @@ CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& sha
     int const lane = threadIdx.x % kWarp;
     int const blocks_of_page = params.call.page_size / kDecodeBlock;
     uint32_t fetched = 0;
-    for (uint32_t n = 0;; ++n) {
-        shared.units.wait_full(n);
-        Unit<Config> const& unit = shared.unit[shared.units.place(n)];
-        if (unit.row < 0) { break; }
+    for_each_unit(shared, [&](Unit<Config> const& unit) {
         int const blocks = unit.blocks;
         int const kv_head = unit.kv_head;
         int const first_block = unit.segment * kSegmentBlocks;
@@ -223,21 +264,27 @@ CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& sha
                 uint64_t* const full = &shared.stages.full[stage];
                 shared.stages.wait_empty(fetched + i);
                 CopyBarrier::arrive_and_expect_tx(full, Config::kStageBytes);
-                CUTLASS_PRAGMA_UNROLL
-                for (int plane = 0; plane < Config::kPlanes; ++plane) {
-                    int const to = stage * Config::kStageElements + plane * kDecodeBlock * kPlane;
-                    cute::SM90_TMA_LOAD_4D::copy(
-                        &params.key, full, kHint, shared.key + to, plane * kPlane, token, kv_head, page);
-                    cute::SM90_TMA_LOAD_4D::copy(
-                        &params.value, full, kHint, shared.value + to, plane * kPlane, token, kv_head, page);
-                }
+                auto copy = [&](CUtensorMap const& map, typename Config::Element* to) {
+                    to += stage * Config::kStageElements;
+                    if (params.box_planes == Config::kPlanes) {
+                        cute::SM90_TMA_LOAD_5D::copy(&map, full, kHint, to, 0, token, 0, kv_head, page);
+                        return;
+                    }
+                    CUTLASS_PRAGMA_UNROLL
+                    for (int plane = 0; plane < Config::kPlanes; ++plane) {
+                        cute::SM90_TMA_LOAD_5D::copy(
+                            &map, full, kHint, to + plane * kDecodeBlock * kPlane, plane * kPlane, token, 0, kv_head, page);
+                    }
+                };
+                copy(params.key, shared.key);
+                copy(params.value, shared.value);
             }
             // No lane may wait for a stage that another has yet to fill the time before.
             __syncwarp();
+            if (lane == 0) { atomicSub(&shared.backlog, min(kLanes, blocks - first)); }
         }
         fetched += blocks;
-        if (lane == 0) { Barrier::arrive(&shared.units.empty[shared.units.place(n)]); }
-    }
+    });
 }
 
 // Four 8 x 8 matrices from shared memory; lanes 8 i to 8 i + 7 give the rows of the i-th.
@@ -455,10 +502,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     int const warp = thread / kWarp;
     int const lane = thread % kWarp;
     uint32_t fetched = 0;
-    for (uint32_t n = 0;; ++n) {
-        shared.units.wait_full(n);
-        Unit<Config> const& unit = shared.unit[shared.units.place(n)];
-        if (unit.row < 0) { break; }
+    for_each_unit(shared, [&](Unit<Config> const& unit) {
         int const blocks = unit.blocks;
 
         uint32_t query[Config::kHeadTiles][kTiles][2];
@@ -500,9 +544,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         }
         fetched += blocks;
         merge(params, shared, unit, gathered, thread);
-        __syncwarp();
-        if (lane == 0) { Barrier::arrive(&shared.units.empty[shared.units.place(n)]); }
-    }
+    });
 }
 
 template <class Config>
@@ -512,6 +554,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) decode_kernel(__grid_cons
     if (threadIdx.x == 0) {
         shared.units.init(1, Config::kConsumers + 1);
         shared.stages.init(1, 1);
+        shared.turn = Config::kScorers;
+        shared.backlog = 0;
         cutlass::arch::fence_barrier_init();
         cute::prefetch_tma_descriptor(&params.key);
         cute::prefetch_tma_descriptor(&params.value);

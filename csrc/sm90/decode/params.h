@@ -58,7 +58,7 @@ struct DecodeParams {
     float* lse;        // (rows, heads) contiguous, natural log
     int32_t* visited;  // (rows,), added to
 
-    void* workspace;  // decode_workspace_bytes(), 16-byte aligned; what is in it does not matter
+    void* workspace;  // decode_workspace_bytes(), 16-byte aligned; zero before the first call in it, and left alone between calls
 
     int pages;        // of the cache
     int rows;         // 1 to kMaxRows

@@ -31,6 +31,14 @@ CUTLASS_DEVICE void widen(uint32_t bytes, __half2& low, __half2& high) {
     high = halves(__byte_perm(bytes, 0x64646464u, 0x4342));
 }
 
+// Asks for memory that will be read soon.
+CUTLASS_DEVICE void prefetch(uint8_t const* from, int bytes) {
+    constexpr int kLine = 128;
+    for (int offset = 0; offset < bytes; offset += kLine) {
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(from + min(offset, bytes - 1)));
+    }
+}
+
 // Eight query heads as the second operands of the products: q, and q squared, of a thread's eight channels of every 32. Each
 // head is divided by its largest magnitude, so that half precision neither overflows nor loses what counts.
 template <class Config>

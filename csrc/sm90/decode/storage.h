@@ -15,6 +15,8 @@ struct SharedStorage {
     Unit<Config> unit[Config::kScorers];
     Ring<Config::kScorers> units;
     ScoringQuery<Config> scoring[Config::kScorers][Config::kHeadTiles];
+    uint32_t turn;  // which unit may be taken next
+    int backlog;    // blocks that are listed, or soon will be, and not fetched yet
 
     // Between the consumers.
     float max[Config::kConsumers][Config::kHeads];

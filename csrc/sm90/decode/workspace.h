@@ -11,7 +11,8 @@ namespace lite_attention::sm90 {
 struct WorkspaceLayout {
     int words;     // of a row and key head
     int segments;  // of a row
-    // Offsets in bytes; which blocks were visited comes first.
+    // Offsets in bytes; what is zero between calls comes first.
+    int64_t visited;
     int64_t masses;
     int64_t lse;
     int64_t out;
@@ -24,7 +25,8 @@ struct WorkspaceLayout {
         segments = static_cast<int>((max_tokens + kSegmentTokens - 1) / kSegmentTokens);
         if (segments == 0) { segments = 1; }
         auto aligned = [](int64_t count) { return (count * 4 + 255) / 256 * 256; };
-        masses = aligned(rows * kv_heads * words);
+        visited = aligned(1);
+        masses = visited + aligned(rows * kv_heads * words);
         lse = masses + aligned(rows * heads * words * kWordBlocks);
         out = lse + aligned(rows * heads * segments);
         bytes = out + aligned(rows * heads * segments * head_dim);

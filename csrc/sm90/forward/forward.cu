@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../common/device.h"
 #include "../common/tensor_map.h"
 #include "kernel.h"
 #include "launch.h"
@@ -18,9 +19,10 @@ template <class Config>
 bool encode(
     CUtensorMap& map, TensorView const& view, int64_t tokens, int heads, int batch, int head_dim, int box_tokens) {
     constexpr auto kSwizzle = Config::kPlane == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
-    return encode_tensor_map(
+    return encode_tensor_map<4>(
         map, cute::is_same_v<typename Config::Element, cutlass::bfloat16_t>, view.data, {head_dim, tokens, heads, batch},
-        {view.token_stride, view.head_stride, view.batch_stride}, Config::kPlane, box_tokens, kSwizzle);
+        {view.token_stride, view.head_stride, view.batch_stride}, {Config::kPlane, box_tokens, 1, 1}, kSwizzle,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
 }
 
 template <class Config>
