@@ -12,6 +12,9 @@ MAX_ROWS = 1024
 COUNTER_BYTES = 4
 """The part of a workspace, its first, that is zero before a call and again after it."""
 
+UNPROVEN: str | None = "the kernels for this version's rule have not been run on a GPU yet"
+"""Why `decode` does not run on any GPU; None once it does."""
+
 
 def check_supported(dtype: torch.dtype, head_dim: int, group: int, device: torch.device) -> None:
     """Check that the kernels take queries of that type and head_dim, ``group`` query heads a key head, on that device.
@@ -19,7 +22,7 @@ def check_supported(dtype: torch.dtype, head_dim: int, group: int, device: torch
     Raises:
         TypeError: the type is neither bfloat16 nor float16.
         ValueError: head_dim is no multiple of 16 up to 256, or the group is larger than 16.
-        RuntimeError: the kernels are not built, or not for this GPU.
+        RuntimeError: the kernels are not built, not for this GPU, or `UNPROVEN`.
     """
     if dtype not in DTYPES:
         raise TypeError(f"query: expected bfloat16 or float16 on {device.type}, got {dtype}")
@@ -27,7 +30,7 @@ def check_supported(dtype: torch.dtype, head_dim: int, group: int, device: torch
         raise ValueError(f"query: expected head_dim a multiple of 16 up to {MAX_HEAD_DIM}, got {head_dim}")
     if group > MAX_GROUP:
         raise ValueError(f"query: expected at most {MAX_GROUP} query heads a key head, got {group}")
-    if reason := cuda.obstacle(device.index):
+    if reason := UNPROVEN or cuda.obstacle(device.index):
         raise RuntimeError(f"lite_attention::decode cannot run on {device}: {reason}")
 
 
@@ -65,7 +68,6 @@ def decode(
     thresholds: Tensor,
     visit_all: Tensor,
     mask: Tensor,
-    lse_state: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments, results and meaning as `lite_attention.reference.decode`; bfloat16 and float16.
@@ -106,7 +108,6 @@ def decode(
         thresholds,
         visit_all,
         mask,
-        lse_state,
         scale,
         workspace,
     )
@@ -127,14 +128,12 @@ def decode_into(
     thresholds: Tensor,
     visit_all: Tensor,
     mask: Tensor,
-    lse_state: Tensor,
     scale: float,
     workspace: Tensor,
 ) -> None:
     """As `decode`, into memory that is there: for engines, whose graphs replay at fixed addresses.
 
-    Shapes and types are those of the reference and are not checked again; tensors (rows,) and the rows of
-    ``lse_state`` are contiguous.
+    Shapes and types are those of the reference and are not checked again; tensors (rows,) are contiguous.
 
     Args:
         out: (rows, heads, head_dim), written; type of the query, last dimension contiguous.
@@ -171,7 +170,6 @@ def decode_into(
         thresholds,
         visit_all,
         mask,
-        lse_state,
         out,
         lse,
         visited,

@@ -111,9 +111,9 @@ def _cuda_kernels() -> tuple[bool, str]:
 
 
 def _cuda_decode_problem() -> str | None:
-    from lite_attention import ops
+    from lite_attention import decode_cuda
 
-    return ops.unimplemented("decode", "cuda")
+    return decode_cuda.UNPROVEN
 
 
 def implementations(machine: Machine) -> list[Implementation]:

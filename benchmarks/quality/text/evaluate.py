@@ -62,8 +62,8 @@ def main() -> None:
         kl, top1, read, loss = (part / len(args.texts) for part in sums[context, threshold])
         if threshold > -math.inf:
             row = {"context": context, "threshold": threshold, "read": read, "kl": kl, "top1": top1}
-            dense = math.exp(sums[context, -math.inf][3] / len(args.texts))
-            rows.append(row | {"perplexity": math.exp(loss), "dense_perplexity": dense})
+            dense_perplexity = math.exp(sums[context, -math.inf][3] / len(args.texts))
+            rows.append(row | {"perplexity": math.exp(loss), "dense_perplexity": dense_perplexity})
     print("| context | threshold | KV read | mean KL | same top-1 | perplexity (dense) |\n|---|---|---|---|---|---|")
     for row in rows:
         print(

@@ -69,7 +69,7 @@ class SkippingDecode:
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
         if query.shape[2] > 1:
-            return self.dense(module, query, key, value, *args, **kwargs)  # type: ignore[no-any-return]
+            return self.dense(module, query, key, value, *args, **kwargs)
         tokens = key.shape[2]
         layer = self.layers.get(module.layer_idx)
         if layer is None:
