@@ -55,7 +55,7 @@ class Launches:
 
     Attributes:
         fields: of the rows of a batch in which every row has one token.
-        workspace: uint8.
+        workspace: uint8, zeros before the first launch; see `lite_attention.decode_cuda.decode_into`.
         lse: float32, written by the kernel and read by nobody.
 
     Args:
@@ -66,7 +66,7 @@ class Launches:
     def __init__(self, layers: dict[str, Any], rows: int, device: torch.device) -> None:
         self.layers = layers
         self.fields = RowFields(rows, device)
-        self.workspace = torch.empty(0, dtype=torch.uint8, device=device)
+        self.workspace = torch.zeros(0, dtype=torch.uint8, device=device)
         self.lse = torch.empty(0, dtype=torch.float32, device=device)
 
     def reserve(self, heads: int, kv_heads: int, head_dim: int, max_tokens: int) -> int:
@@ -83,7 +83,7 @@ class Launches:
 
 
 def _at_least(tensor: Tensor, size: int) -> Tensor:
-    return tensor if len(tensor) >= size else tensor.new_empty(size)
+    return tensor if len(tensor) >= size else tensor.new_zeros(size)
 
 
 _latest: weakref.ref[Launches] | None = None
