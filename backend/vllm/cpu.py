@@ -67,7 +67,8 @@ class LiteMetadataBuilder(CPUAttentionMetadataBuilder):
         metadata = super().build(common_prefix_len, common, fast_build, **kwargs)
         metadata.lite = None
         tracker = steps.tracker()
-        if tracker is None or fast_build:
+        # Builders derived from this one may hand over rows that are no requests, as chunked attention does.
+        if tracker is None or fast_build or type(self) is not LiteMetadataBuilder:
             return metadata
         query_start = common.query_start_loc_cpu.tolist()
         plan = tracker.plan(query_start, self.kv_heads, self.reason)

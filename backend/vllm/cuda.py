@@ -102,7 +102,8 @@ class LiteMetadataBuilder(FlashAttentionMetadataBuilder):
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any) -> Any:
         common, step = common_attn_metadata, None
-        if not fast_build and common.causal is True:
+        # Builders derived from this one may hand over rows that are no requests, as chunked attention does.
+        if not fast_build and common.causal is True and type(self) is LiteMetadataBuilder:
             common, step = self._step(common)
         metadata = super().build(common_prefix_len, common, fast_build, **kwargs)
         metadata.lite = step

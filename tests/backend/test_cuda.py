@@ -257,6 +257,40 @@ def test_whatever_is_served_beside_it_a_request_gets_what_it_gets_alone(data: st
     assert all(visited <= total for visited, total in stats.values())
 
 
+def test_a_builder_that_is_asked_about_pieces_of_requests_makes_no_plan() -> None:
+    """Chunked attention derives a builder and hands it a batch of its own making, before ours is asked or after."""
+    from lite_attention.backend.vllm import cuda
+
+    class Pieces(cuda.LiteMetadataBuilder):
+        pass
+
+    engine = Engine(v2=False)
+    ours = engine.builder
+    pieces: Any = Pieces.__new__(Pieces)
+    pieces.__dict__.update(vars(ours), reason="attn_type")
+
+    def build(common_prefix_len: int, common: Any) -> Any:
+        count = common.num_actual_tokens
+        each = torch.arange(count + 1, dtype=torch.int32)
+        split = common.replace(query_start_loc=each, query_start_loc_cpu=each, num_reqs=count, max_query_len=1)
+        assert pieces.build(common_prefix_len, split).lite is None
+        return ours.build(common_prefix_len, common)
+
+    engine.builder = SimpleNamespace(build=build)
+    first, second = Request("first", 40, 52, -3.0), Request("second", 30, 40, -3.0)
+    requests = {"first": first, "second": second}
+    batches = [{"first": 40}, {"second": 17, "first": 1}, {"second": 13, "first": 1}, {"first": 1, "second": 1}]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "_tracker", engine.tracker)
+        for batch in batches:
+            engine.step(batch, requests, set(), set())
+    for request in requests.values():
+        expected = alone(request)
+        for position, out in request.outputs.items():
+            assert torch.allclose(out, expected[position], atol=1e-5), (request.name, position)
+    assert {name for name, _ in engine.tracker.take_stats().items()} == set(requests)
+
+
 def test_a_run_that_serves_no_request_is_dense_and_keeps_the_state() -> None:
     engine = Engine(v2=True)
     engine.impl.state.lse.fill_(7)
