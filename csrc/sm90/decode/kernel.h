@@ -39,8 +39,8 @@ CUTLASS_DEVICE int segments_of(int length) { return max(1, ceil_div(length, kSeg
 
 template <class Config>
 CUTLASS_DEVICE void sync_consumers() {
-    // Barrier 0 is __syncthreads, and CUTLASS keeps those before 8 to itself.
-    cutlass::arch::NamedBarrier::sync(Config::kConsumers * kWarp, 8);
+    // CUTLASS counts from the first barrier that it leaves to others: not __syncthreads', which is the hardware's 0.
+    cutlass::arch::NamedBarrier::sync(Config::kConsumers * kWarp, 0);
 }
 
 // Fills in which unit of work is the first of each row. Runs in the whole thread block.
