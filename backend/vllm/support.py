@@ -31,7 +31,7 @@ REASONS = {
     "platform": "there are no kernels for this device, its cache layout or so many heads a KV head",
     "runner": "this model runner is not supported",
     "kv_transfer": "a KV connector writes the cache behind our back",
-    "parallelism": "context parallelism and dual-batch overlap are not supported",
+    "parallelism": "context parallelism and batches in parts (dual-batch overlap) are not supported",
 }
 """Why a layer stays with the stock attention; the keys label the metric of fallbacks."""
 
@@ -75,7 +75,8 @@ def config_reason(vllm_config: Any) -> str | None:
     if vllm_config.kv_transfer_config is not None:
         return "kv_transfer"
     contexts = ("decode_context_parallel_size", "prefill_context_parallel_size")
-    if any(getattr(parallel, name, 1) > 1 for name in contexts) or getattr(parallel, "enable_dbo", False):
+    several_batches = getattr(parallel, "enable_dbo", False) or getattr(parallel, "ubatch_size", 0) > 1
+    if any(getattr(parallel, name, 1) > 1 for name in contexts) or several_batches:
         return "parallelism"
     if current_platform.is_cpu() and getattr(vllm_config, "use_v2_model_runner", False):
         return "runner"

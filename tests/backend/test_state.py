@@ -52,3 +52,14 @@ def test_memory_for_summaries_is_that_of_the_layers_that_skip() -> None:
     specs = {"a": spec(128, 16), "b": spec(128, 64), "c": spec(64, 16)}
     assert support.summaries_share(engine, specs) == pytest.approx((2 * 128 + 8) / (2 * 2 * 128 * 16))
     assert support.summaries_share(config(c=stock), specs) == 0
+
+
+@pytest.mark.parametrize("setting", [{"enable_dbo": True}, {"ubatch_size": 2}, {"decode_context_parallel_size": 2}])
+def test_where_rows_are_not_whole_requests_nothing_skips(setting: dict[str, Any]) -> None:
+    support = pytest.importorskip("lite_attention.backend.vllm.support", exc_type=ImportError)
+    plain = SimpleNamespace(
+        parallel_config=SimpleNamespace(), speculative_config=None, kv_transfer_config=None, model_config=None
+    )
+    assert support.config_reason(plain) is None
+    plain.parallel_config = SimpleNamespace(**setting)
+    assert support.config_reason(plain) == "parallelism"
