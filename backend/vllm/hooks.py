@@ -162,8 +162,12 @@ def _keep_skipping_out_of_the_prefix_cache(
 
     def cache_dense_blocks(request: Any, num_computed_tokens: int) -> None:
         params = request.sampling_params
-        if params is not None and parse_request_lenient(params.extra_args, server).skips:
-            num_computed_tokens = min(num_computed_tokens, request.num_prompt_tokens)
+        dense_tokens = getattr(request, "lite_attn_dense_tokens", None)
+        if dense_tokens is None and params is not None and parse_request_lenient(params.extra_args, server).skips:
+            # Kept: where input streams in, what was generated counts as prompt later.
+            dense_tokens = request.lite_attn_dense_tokens = request.num_prompt_tokens
+        if dense_tokens is not None:
+            num_computed_tokens = min(num_computed_tokens, dense_tokens)
         cache_blocks(request, num_computed_tokens)
 
     coordinator.cache_blocks = cache_dense_blocks

@@ -63,3 +63,35 @@ def test_where_rows_are_not_whole_requests_nothing_skips(setting: dict[str, Any]
     assert support.config_reason(plain) is None
     plain.parallel_config = SimpleNamespace(**setting)
     assert support.config_reason(plain) == "parallelism"
+
+
+def test_only_what_was_computed_densely_is_shared_as_a_prefix() -> None:
+    hooks = pytest.importorskip("lite_attention.backend.vllm.hooks", exc_type=ImportError)
+    cached: list[int] = []
+    coordinator = SimpleNamespace(cache_blocks=lambda _, tokens: cached.append(tokens))
+    scheduler = SimpleNamespace(kv_cache_manager=SimpleNamespace(coordinator=coordinator))
+    engine = SimpleNamespace(
+        parallel_config=SimpleNamespace(),
+        speculative_config=None,
+        kv_transfer_config=None,
+        model_config=None,
+        additional_config={},
+    )
+    hooks._keep_skipping_out_of_the_prefix_cache(lambda *_: None, scheduler, engine)
+
+    def cache(request: SimpleNamespace, tokens: int) -> int:
+        coordinator.cache_blocks(request, tokens)
+        return cached[-1]
+
+    def options(**args: Any) -> SimpleNamespace:
+        return SimpleNamespace(extra_args={f"lite_attn_{name}": value for name, value in args.items()})
+
+    dense = SimpleNamespace(sampling_params=options(enable=False), num_prompt_tokens=32)
+    assert (cache(dense, 20), cache(dense, 50)) == (20, 50)
+    skips = SimpleNamespace(sampling_params=options(), num_prompt_tokens=32)
+    assert (cache(skips, 20), cache(skips, 50)) == (20, 32)
+    # More input: what was generated is part of the prompt now, and was still computed under skipping.
+    skips.num_prompt_tokens = 64
+    assert cache(skips, 64) == 32
+    skips.sampling_params = options(enable=False)
+    assert cache(skips, 80) == 32
