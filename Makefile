@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PIP_NO_COMPILE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo clean
+.PHONY: help setup test test-omni lint demo clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+: .*##' Makefile | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 16
@@ -26,6 +26,13 @@ setup: $(PROJECT) ## make .venv with the CPU engine and this project in it
 
 test: setup ## the whole test suite, real engine included
 	@$(BIN)/python -m pytest
+
+# vLLM-Omni needs vLLM 0.30, so it has an environment of its own; nothing of it runs on a GPU here.
+test-omni: ## the tests of the vLLM-Omni backend, in an environment of their own
+	@LITE_ATTENTION_CUDA=0 $(MAKE) --no-print-directory setup VLLM=0.30 VENV=$(VENV)-omni
+	@$(VENV)-omni/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation \
+	    --requirement requirements/vllm-omni-0.30.txt
+	@$(VENV)-omni/bin/python -m pytest tests/omni
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
@@ -37,7 +44,7 @@ demo: setup ## a server with LITE_ATTN and a real model, answering several chats
 	$(BIN)/python examples/demo.py
 
 clean: ## remove the environment and what was built
-	rm -rf $(VENV) build dist *.egg-info requirements/vllm-alias/build requirements/vllm-alias/*.egg-info
+	rm -rf $(VENV) $(VENV)-omni build dist *.egg-info requirements/vllm-alias/build requirements/vllm-alias/*.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis lite_attention/native/*.so
 
 $(LOCK):

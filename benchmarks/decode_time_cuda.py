@@ -133,7 +133,6 @@ class Case:
             torch.full((self.rows,), threshold, device=DEVICE),
             torch.zeros(self.rows, dtype=torch.bool, device=DEVICE),
             mask,
-            torch.zeros(self.rows, HEADS, device=DEVICE),
             HEAD_DIM**-0.5,
             torch.zeros(size, dtype=torch.uint8, device=DEVICE),
         )

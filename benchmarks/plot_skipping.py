@@ -17,7 +17,7 @@ import torch
 from matplotlib.colors import ListedColormap
 from torch import Tensor
 
-from benchmarks.decode_quality import DEFAULT_MODEL, SkippingDecode, decode, load, prefill
+from benchmarks.quality.text.model import DEFAULT_MODEL, SkippingDecode, decode, load, prefill, read_text
 from lite_attention import reference
 from lite_attention.ranges import unpack_bits
 from lite_attention.tiles import DECODE_BLOCK, ceil_div
@@ -35,16 +35,15 @@ class Recorder(SkippingDecode):
         blocks = ceil_div(tokens, DECODE_BLOCK)
         kv_heads = layer.key.shape[2]
         summaries = layer.summaries.transpose(1, 2).flatten(0, 1)[:blocks]
+        always = torch.cat((torch.arange(DECODE_BLOCK), torch.arange((blocks - 2) * DECODE_BLOCK, tokens)))
+        keys = layer.key.flatten(0, 1)[always]
         for head, q in enumerate(query[0].view(kv_heads, -1, query.shape[2])):
             visit = torch.ones(blocks, dtype=torch.bool)
             if not visit_all:
-                visit = reference.blocks_to_visit(
-                    q * scale * reference.LOG2_E,
-                    summaries[:, head],
-                    unpack_bits(layer.mask[0, head], blocks),
-                    layer.lse[0].view(kv_heads, -1)[head],
-                    self.threshold,
-                )
+                scaled = q * scale * reference.LOG2_E
+                mass = torch.logsumexp(scaled @ keys[:, head].T / reference.LOG2_E, 1) * reference.LOG2_E
+                mattered = unpack_bits(layer.mask[0, head], blocks)
+                visit = reference.blocks_to_visit(scaled, summaries[:, head], mattered, mass, self.threshold)
             self.visits[layer_number, head].append(visit)
 
 
@@ -66,9 +65,10 @@ def main() -> None:
         return recorder
 
     model, tokenizer, attention = load(args.model, args.context + args.steps, make)
-    prompt_cache, forced = prefill(model, tokenizer, "argparse", args.context, args.steps)
+    tokens = read_text(tokenizer, "argparse", args.context + args.steps)
+    prompt_cache = prefill(model, tokens[: args.context])
     attention.restart(args.threshold)
-    decode(model, attention, prompt_cache, forced)
+    decode(model, prompt_cache, tokens[args.context :])
     assert recorder is not None
 
     figure, panels = plt.subplots(1, len(args.heads), figsize=(11, 3.2), sharey=True, layout="constrained")

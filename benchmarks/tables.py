@@ -15,16 +15,42 @@ from benchmarks.results import DIRECTORY
 README = Path(__file__).parents[1] / "README.md"
 
 
-def decode_quality(result: dict[str, Any]) -> str:
-    setup = result["setup"]
+def text_quality(result: dict[str, Any]) -> str:
+    setup, rows = result["setup"], result["rows"]
+    contexts = sorted({row["context"] for row in rows})
+    of = {(row["context"], row["threshold"]): row for row in rows}
+    dense = {row["context"]: row["dense_perplexity"] for row in rows}
     lines = [
-        f"{setup['model']} behind {setup['context']:,} tokens of source code, {setup['steps']} teacher-forced steps on "
-        f"each of {len(setup['texts'])} texts, against dense decoding (`benchmarks/decode_quality.py`):",
+        f"{setup['model']}, {setup['steps']} teacher-forced steps behind each of {len(setup['texts'])} texts (source "
+        "code, and Python's manual), against dense decoding: share of the KV cache read (with summaries), mean KL "
+        "divergence, same top-1, perplexity (`benchmarks/quality/text/evaluate.py`):",
         "",
-        "| threshold | KV cache read (with summaries) | mean KL | same top-1 |",
-        "|---|---|---|---|",
+        "| threshold | " + " | ".join(f"{c:,} tokens (perplexity {dense[c]:.2f})" for c in contexts) + " |",
+        "|---" * (len(contexts) + 1) + "|",
     ]
-    lines += [f"| {r['threshold']:g} | {r['read']:.1%} | {r['kl']:.4f} | {r['top1']:.1%} |" for r in result["rows"]]
+    for threshold in sorted({row["threshold"] for row in rows}, reverse=True):
+        cells = [of[context, threshold] for context in contexts]
+        shown = [f"{c['read']:.1%}, {c['kl']:.4f}, {c['top1']:.1%}, {c['perplexity']:.2f}" for c in cells]
+        lines.append(f"| {threshold:g} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def text_needle(result: dict[str, Any]) -> str:
+    setup, rows = result["setup"], result["rows"]
+    contexts = sorted({row["context"] for row in rows})
+    found = {(row["context"], row["threshold"]): row["found"] for row in rows}
+    found |= {(row["context"], "dense"): row["found_dense"] for row in rows}
+    thresholds = sorted({row["threshold"] for row in rows})
+    lines = [
+        f"Needles found out of {setup['needles']}, a number planted at a random depth of Python's manual "
+        "(`benchmarks/quality/text/needle.py`):",
+        "",
+        "| tokens | dense | " + " | ".join(f"threshold {threshold:g}" for threshold in thresholds) + " |",
+        "|---" * (len(thresholds) + 2) + "|",
+    ]
+    for context in contexts:
+        cells = (str(found[context, column]) for column in ("dense", *thresholds))
+        lines.append(f"| {context:,} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -124,7 +150,8 @@ def _times(speed: float | None) -> str:
 
 
 RESULTS = {
-    decode_quality: "decode_quality",
+    text_quality: "text_quality",
+    text_needle: "text_needle",
     decode_time: "decode_time",
     decode_time_cuda: "decode_time_cuda",
     forward_dense: "forward_time",

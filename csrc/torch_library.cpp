@@ -28,8 +28,8 @@ constexpr char const* kSummarizeSchema =
     "summarize_sm90(Tensor key_cache, Tensor slot_mapping, Tensor(a!) summaries) -> ()";
 constexpr char const* kDecodeSchema =
     "decode_sm90(Tensor query, Tensor key_cache, Tensor value_cache, Tensor summaries, Tensor block_table, Tensor seq_lens, "
-    "Tensor slots, Tensor thresholds, Tensor visit_all, Tensor(a!) mask, Tensor(b!) lse_state, Tensor(c!) out, "
-    "Tensor(d!) lse, Tensor(e!) visited, Tensor(f!) workspace, float scale) -> ()";
+    "Tensor slots, Tensor thresholds, Tensor visit_all, Tensor(a!) mask, Tensor(b!) out, Tensor(c!) lse, "
+    "Tensor(d!) visited, Tensor(e!) workspace, float scale) -> ()";
 
 sm90::TensorView view(Tensor const& tensor) {
     return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
@@ -153,7 +153,6 @@ void decode_sm90(
     Tensor const& thresholds,
     Tensor const& visit_all,
     Tensor const& mask,
-    Tensor const& lse_state,
     Tensor const& out,
     Tensor const& lse,
     Tensor const& visited,
@@ -175,8 +174,6 @@ void decode_sm90(
     params.mask = data<int32_t>(mask);
     params.mask_slot_stride = mask.stride(0);
     params.mask_head_stride = mask.stride(1);
-    params.lse_state = data<float>(lse_state);
-    params.lse_state_stride = lse_state.stride(0);
     params.out = out.data_ptr();
     params.out_row_stride = out.stride(0);
     params.out_head_stride = out.stride(1);

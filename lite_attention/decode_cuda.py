@@ -65,7 +65,6 @@ def decode(
     thresholds: Tensor,
     visit_all: Tensor,
     mask: Tensor,
-    lse_state: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments, results and meaning as `lite_attention.reference.decode`; bfloat16 and float16.
@@ -106,7 +105,6 @@ def decode(
         thresholds,
         visit_all,
         mask,
-        lse_state,
         scale,
         workspace,
     )
@@ -127,14 +125,12 @@ def decode_into(
     thresholds: Tensor,
     visit_all: Tensor,
     mask: Tensor,
-    lse_state: Tensor,
     scale: float,
     workspace: Tensor,
 ) -> None:
     """As `decode`, into memory that is there: for engines, whose graphs replay at fixed addresses.
 
-    Shapes and types are those of the reference and are not checked again; tensors (rows,) and the rows of
-    ``lse_state`` are contiguous.
+    Shapes and types are those of the reference and are not checked again; tensors (rows,) are contiguous.
 
     Args:
         out: (rows, heads, head_dim), written; type of the query, last dimension contiguous.
@@ -171,7 +167,6 @@ def decode_into(
         thresholds,
         visit_all,
         mask,
-        lse_state,
         out,
         lse,
         visited,

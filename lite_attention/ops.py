@@ -22,7 +22,7 @@ SUMMARIZE_SCHEMA = "summarize(Tensor key_cache, Tensor slot_mapping, Tensor(a!) 
 DECODE_SCHEMA = (
     "decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor summaries, Tensor block_table, "
     "Tensor seq_lens, Tensor slots, Tensor thresholds, Tensor visit_all, Tensor(a!) mask, "
-    "Tensor(b!) lse_state, float scale) -> (Tensor out, Tensor lse, Tensor visited)"
+    "float scale) -> (Tensor out, Tensor lse, Tensor visited)"
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -215,7 +215,6 @@ def check_decode(
     thresholds: Tensor,
     visit_all: Tensor,
     mask: Tensor,
-    lse_state: Tensor,
 ) -> None:
     """Check the arguments of `lite_attention.reference.decode`.
 
@@ -247,7 +246,6 @@ def check_decode(
     if mask.dim() != 3 or mask.shape[1] != kv_heads or mask.shape[2] < words or mask.stride(2) != 1:
         raise ValueError(f"mask: expected (slots, {kv_heads}, at least {words}), got shape {tuple(mask.shape)}")
     _check("mask", mask, mask.shape, torch.int32, device)
-    _check("lse_state", lse_state, (mask.shape[0], heads), torch.float32, device)
 
 
 def _checked_summarize(implementation: Callable[..., None]) -> Callable[..., None]:

@@ -194,38 +194,52 @@ def read_summaries(summaries: Tensor) -> tuple[Tensor, Tensor]:
     return mean.contiguous().view(torch.int8) * scale[..., :1], deviation * scale[..., 1:]
 
 
-def estimate(query: Tensor, summaries: Tensor) -> Tensor:
-    """Log2 of the mass that whole blocks would have if their keys were Gaussian, independent in each channel.
+EXPECTED_BEND = 3.1
+"""`estimate` with this bend is the mean log-sum-exp of `DECODE_BLOCK` Gaussian scores, within 0.15 nats."""
 
-    log2(n) + log2(e) * (a q.mean + a^2/2 sum(q^2 deviation^2)), with a = softmax scale, n = `DECODE_BLOCK`.
+GENEROUS_BEND = 8.0
+"""Keys are not Gaussian: a block may hold the one key that a query looks for. Missing it costs more than reading it."""
+
+
+def estimate(query: Tensor, summaries: Tensor, bend: float) -> Tensor:
+    """Log2 of the mass that whole blocks have if their keys are Gaussian, independent in each channel.
+
+    With a = softmax scale, n = `DECODE_BLOCK`, A = bend and v = a^2 sum(q^2 deviation^2), in natural units:
+    log(n) + a q.mean + A (sqrt(1 + v / A) - 1). For small v the last term is v / 2, as for infinitely many keys;
+    for large v it grows as the largest of n keys does, sqrt(A v).
 
     Args:
         query: (heads, head_dim), times a * log2(e).
         summaries: (blocks, 2 * head_dim + 8), see `summarize`.
+        bend: A.
 
     Returns:
         (heads, blocks), in the dtype of the query.
     """
     mean, deviation = (part.to(query.dtype) for part in read_summaries(summaries))
-    spread = query.square() @ deviation.square().T * (math.log(2) / 2)
+    variance = query.square() @ deviation.square().T / LOG2_E**2
+    spread = bend * (torch.sqrt(1 + variance / bend) - 1) * LOG2_E
     return math.log2(DECODE_BLOCK) + query @ mean.T + spread
 
 
-def blocks_to_visit(query: Tensor, summaries: Tensor, mattered: Tensor, lse: Tensor, threshold: float) -> Tensor:
+def blocks_to_visit(query: Tensor, summaries: Tensor, mattered: Tensor, read: Tensor, threshold: float) -> Tensor:
     """Which blocks a KV head visits in a step that is not to visit all (see `decode`).
 
     Args:
         query: (group, head_dim), times softmax scale * log2(e).
         summaries: (blocks, 2 * head_dim + 8).
         mattered: (blocks,) bool, the mask bits.
-        lse: (group,) LSE of the step before, natural log.
+        read: (group,) log2 of the exact mass of the first block and the newest two.
         threshold: log2 of a share.
 
     Returns:
         (blocks,) bool.
     """
-    share = estimate(query, summaries) - lse[:, None].to(query.dtype) * LOG2_E
-    visit = mattered | (share > threshold).any(0)
+    others = summaries[1:-2]
+    expected = torch.logsumexp(estimate(query, others, EXPECTED_BEND) * math.log(2), 1) * LOG2_E
+    share = estimate(query, others, GENEROUS_BEND) - torch.logaddexp2(read, expected)[:, None]
+    visit = mattered.clone()
+    visit[1:-2] |= (share > threshold).any(0)
     visit[0] = True
     visit[-2:] = True
     return visit
@@ -242,7 +256,6 @@ def decode(
     thresholds: Tensor,
     visit_all: Tensor,
     mask: Tensor,
-    lse_state: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One query token a sequence over a paged cache, visiting only the blocks that can matter.
@@ -250,12 +263,13 @@ def decode(
     A KV head visits a block of `DECODE_BLOCK` keys when
     - it is the first block or one of the two newest, or the row's `visit_all` is set, or
     - its mask bit is set: at its last visit its share of a query head's softmax was above the threshold, or
-    - its estimated share, `estimate` less the LSE of the step before, is above the threshold for a query head
-      of the group.
+    - its estimated share is above the threshold for a query head of the group: `estimate` with `GENEROUS_BEND`
+      against the mass of all blocks, which is exact for those of the first line and else `estimate` with
+      `EXPECTED_BEND`.
 
     Afterwards the bit of each visited block says whether its exact share (of the mass that was visited) is
-    above the threshold for a query head of the group, and the state holds this step's LSE. With `visit_all`
-    this rewrites the whole state, so the first step of a sequence must set it; so do refresh and warm-up steps.
+    above the threshold for a query head of the group. With `visit_all` this rewrites the whole state, so the first
+    step of a sequence must set it; so do refresh and warm-up steps.
 
     A row with threshold -inf is ordinary attention and leaves the state untouched; a row of length 0 gives
     zeros and LSE -inf.
@@ -270,7 +284,6 @@ def decode(
         thresholds: (rows,) float32, log2 of a share.
         visit_all: (rows,) bool.
         mask: (slots, kv_heads, words) int32, updated in place.
-        lse_state: (slots, heads) float32, natural log, updated in place.
         scale: softmax scale.
 
     Returns:
@@ -300,7 +313,10 @@ def decode(
             visit = torch.ones(blocks, dtype=torch.bool)
             if not (dense or visit_all[row]):
                 bits = unpack_bits(mask[slot, kv_head], blocks)
-                visit = blocks_to_visit(q, summary[:, kv_head], bits, lse_state[slot, group_heads], threshold)
+                newest = max(blocks - 2, 1) * DECODE_BLOCK
+                read = torch.cat((keys[:DECODE_BLOCK, kv_head], keys[newest:, kv_head]))
+                mass = torch.logsumexp(q @ read.T * math.log(2), 1) * LOG2_E
+                visit = blocks_to_visit(q, summary[:, kv_head], bits, mass, threshold)
             chosen = visit.nonzero().flatten()
             visited[row] += len(chosen)
             tokens = (chosen[:, None] * DECODE_BLOCK + torch.arange(DECODE_BLOCK)).flatten()
@@ -311,7 +327,6 @@ def decode(
             lse[row, group_heads] = (lse2 * math.log(2)).float()
             if dense:
                 continue
-            lse_state[slot, group_heads] = lse[row, group_heads]
             bits = unpack_bits(mask[slot, kv_head], mask.shape[2] * WORD_BITS)
             for block in chosen.tolist():
                 of_block = scores[:, tokens // DECODE_BLOCK == block]

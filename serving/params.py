@@ -1,6 +1,7 @@
 """Request parameters and server options, validated in one place for every adapter.
 
-A request carries `lite_attn_*` keys among its extra arguments; the server's defaults and limits stand under
+A request to a language model carries `lite_attn_*` keys among its extra arguments, one to a diffusion model a table
+`lite_attn`; the server's defaults and limits stand under
 `lite_attn` in its additional config. Both go through `RequestOptions`, so a value means the same everywhere.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
@@ -89,6 +90,17 @@ class RequestOptions(BaseModel):
         return self.enable and self.threshold > -math.inf
 
 
+class DenoiseOptions(RequestOptions):
+    """How one generation of a diffusion model skips; steps are denoising steps.
+
+    The last `cooldown_steps` are dense, as the first `warmup_steps` are.
+    """
+
+    cooldown_steps: Steps
+
+
+Options = TypeVar("Options", bound=RequestOptions)
+
 DENSE: Final = RequestOptions(threshold=-math.inf, enable=False, refresh_interval=0, warmup_steps=0)
 
 
@@ -122,32 +134,58 @@ class ServerOptions(RequestOptions):
         return options
 
 
+class DenoiseServerOptions(ServerOptions):
+    """As `ServerOptions`, for diffusion models."""
+
+    threshold: Threshold = -8.0
+    cooldown_steps: Steps = 0
+
+
 def parse_request(extra_args: object, server: ServerOptions) -> RequestOptions:
     """The options of a request from its extra arguments; those that it leaves out are the server's.
 
     Keys that do not begin with `lite_attn_` belong to others. Raises LiteParamError.
     """
-    if extra_args is None:
-        extra_args = {}
-    if not isinstance(extra_args, Mapping):
-        raise LiteParamError(f"extra_args: expected a mapping, got {_shown(extra_args)}", "extra_args")
+    extra_args = _mapping(extra_args, "extra_args")
     given = {
         key.removeprefix(PREFIX): value
         for key, value in extra_args.items()
         if isinstance(key, str) and key.startswith(PREFIX)
     }
-    defaults = {name: getattr(server, name) for name in RequestOptions.model_fields}
+    return _options(RequestOptions, given, server, PREFIX)
+
+
+def parse_denoise_request(extra_args: object, server: DenoiseServerOptions) -> DenoiseOptions:
+    """As `parse_request` for a diffusion model, whose options stand together under the key `lite_attn`."""
+    extra_args = _mapping(extra_args, "extra_args")
+    given = _mapping(extra_args.get(CONFIG_KEY), CONFIG_KEY)
+    # One that a language model would have understood must not be passed over in silence.
+    unknown = {key: value for key, value in extra_args.items() if isinstance(key, str) and key.startswith(PREFIX)}
+    given = {**given, **unknown}
+    return _options(DenoiseOptions, given, server, f"{CONFIG_KEY}.")
+
+
+def _mapping(value: object, name: str) -> Mapping[Any, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise LiteParamError(f"{name}: expected a table of options, got {_shown(value)}", name)
+    return value
+
+
+def _options(model: type[Options], given: Mapping[Any, Any], server: ServerOptions, prefix: str) -> Options:
+    """Options of a request; errors name them behind `prefix`."""
+    defaults = {name: getattr(server, name) for name in model.model_fields}
+    named = {name if isinstance(name, str) else _shown(name): value for name, value in given.items()}
     try:
-        options = RequestOptions.model_validate(defaults | given)
+        options = model.model_validate(defaults | named)
     except ValidationError as error:
-        raise LiteParamError(
-            _describe(error, PREFIX, RequestOptions), f"{PREFIX}{error.errors()[0]['loc'][0]}"
-        ) from None
+        raise LiteParamError(_describe(error, prefix, model), f"{prefix}{error.errors()[0]['loc'][0]}") from None
     limit = server.max_threshold
     if limit is not None and options.threshold > limit:
         raise LiteParamError(
-            f"{PREFIX}threshold: expected at most {limit}, the limit of this server, got {options.threshold}",
-            f"{PREFIX}threshold",
+            f"{prefix}threshold: expected at most {limit}, the limit of this server, got {options.threshold}",
+            f"{prefix}threshold",
         )
     return options
 

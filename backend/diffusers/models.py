@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
-TextAt = Literal["none", "start", "end"]
+from lite_attention.backend.denoising import TextAt
 
 
 @dataclass(frozen=True)

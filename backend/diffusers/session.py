@@ -23,19 +23,16 @@ from torch import Tensor, nn
 
 from lite_attention import LiteAttention
 from lite_attention.attention import Threshold
+from lite_attention.backend.denoising import state_at, text_ranges, valid_keys
 from lite_attention.backend.diffusers import dispatch
 from lite_attention.backend.diffusers.models import FAMILIES, Family, attentions, family_of
 from lite_attention.backend.diffusers.report import Report
 from lite_attention.options import Rule
-from lite_attention.ranges import Range
 
 logger = logging.getLogger(__name__)
 
 HOOK = "lite_attention"
 """Our name in the hook registries of diffusers."""
-
-MAX_GAP = 4
-"""Steps that a layer may miss (caching libraries skip layers) before what it learned is too old."""
 
 _ATTRIBUTE = "_lite_attention_session"
 
@@ -138,7 +135,8 @@ class _Layer(ModelHook):
         if reason is None and self.transformer.skips():
             assert keys is not None
             attention = self._attention(step)
-            ranges = self.transformer.text_ranges(key.shape[1], keys)
+            transformer = self.transformer
+            ranges = text_ranges(transformer.family.text, transformer.text_tokens, key.shape[1], keys)
             out = attention(query, key[:, :keys], value[:, :keys], scale, must_visit=ranges)
             self._note(step, attention.sparsity_tensor)
             return out
@@ -152,11 +150,7 @@ class _Layer(ModelHook):
         """This branch's state, without what is too old."""
         branch = self.transformer.branch
         assert branch is not None
-        attention, last = self.attentions.get(branch) or (self.transformer.session.make(), step)
-        if step - last > MAX_GAP:
-            attention.reset_skip_state()
-        self.attentions[branch] = attention, step
-        return attention
+        return state_at(self.attentions, branch, step, self.transformer.session.make)
 
     def _note(self, step: int, share: Tensor | float | None) -> None:
         branch = self.transformer.branch or "no branch"
@@ -229,19 +223,13 @@ class _Transformer(ModelHook):
         session = self.session
         return session.warmup_steps <= self.step < session.total_steps - session.cooldown_steps
 
-    def text_ranges(self, tokens: int, keys: int) -> list[Range]:
-        """Which of so many tokens are the prompt's and always visited; only the first `keys` are keys."""
-        text = min(self.text_tokens, tokens)
-        start = tokens - text if self.family.text == "end" else 0
-        return [(start, min(start + text, keys))] if text and start < keys else []
-
     def valid_keys(self, mask: Tensor) -> int | None:
         """How many keys, the first ones, a mask lets every query see; None if it is no such mask.
 
         All layers of a call get the same mask, so the device is waited for once a call.
         """
         if self._mask is None or self._mask[0] is not mask:
-            self._mask = mask, _valid_prefix(mask)
+            self._mask = mask, valid_keys(mask)
         return self._mask[1]
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -370,15 +358,3 @@ class _Session:
 @functools.cache
 def _log_once(reason: str) -> None:
     logger.warning("LiteAttention cannot act: %s. Attention is dense there.", reason)
-
-
-def _valid_prefix(mask: Tensor) -> int | None:
-    if mask.dtype != torch.bool:
-        return None
-    keys = mask.shape[-1]
-    rows = mask.reshape(-1, keys)
-    first = rows[0]
-    valid = int(first.sum())
-    if bool(first[:valid].all()) and bool((rows == first).all()):
-        return valid
-    return None

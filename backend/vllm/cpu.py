@@ -130,7 +130,7 @@ class LiteAttentionImpl(CPUAttentionBackendImpl):
         self._cache: tuple[Any, Tensor, Tensor] | None = None
         if self.reason is None:
             room = support.sequence_room(config)
-            self.state = LayerState(support.pool_slots(config), self.num_heads, self.num_kv_heads, room)
+            self.state = LayerState(support.pool_slots(config), self.num_kv_heads, room)
 
     def _split(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (pages, page_size, kv_heads, head_dim) as views of the cache."""
@@ -189,7 +189,6 @@ class LiteAttentionImpl(CPUAttentionBackendImpl):
                 wave.thresholds,
                 wave.visit_all,
                 self.state.mask,
-                self.state.lse,
                 self.scale,
             )
             by_head[wave.indices] = out

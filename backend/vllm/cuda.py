@@ -201,7 +201,7 @@ class LiteAttentionImpl(FlashAttentionImpl):
         if self.reason is None:
             room = support.sequence_room(config)
             slots = support.pool_slots(config)
-            self.state = LayerState(slots, self.num_heads, self.num_kv_heads, room, device)
+            self.state = LayerState(slots, self.num_kv_heads, room, device)
             self.launches = launches.of_engine(config, device)
             self.rows_a_launch = self.launches.reserve(self.num_heads, self.num_kv_heads, self.head_size, room)
 
@@ -276,7 +276,6 @@ class LiteAttentionImpl(FlashAttentionImpl):
                 rows.thresholds[part],
                 rows.visit_all[part],
                 self.state.mask,
-                self.state.lse,
                 self.scale,
                 self.launches.workspace,
             )

@@ -27,31 +27,16 @@ from enum import Enum
 from typing import Any
 
 from lite_attention.backend.vllm import state, steps, support
+from lite_attention.backend.wrapping import wrap
 from lite_attention.serving.params import LiteParamError, ServerOptions, parse_request, parse_request_lenient
 
 _server = ServerOptions()
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replace `owner.name` by a function that gets the original as its first argument. Idempotent."""
-    original = getattr(owner, name, None)
-    if original is None:
-        from vllm import __version__ as version
+    from vllm import __version__ as version
 
-        raise RuntimeError(
-            f"LITE_ATTN needs {owner.__module__}.{owner.__qualname__}.{name}, which vLLM {version} does not have; "
-            f"tested versions: {support.TESTED_VERSIONS}"
-        )
-    if getattr(original, "_lite_attn", False):
-        return
-
-    @functools.wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, *args, **kwargs)
-
-    wrapped._lite_attn = True  # type: ignore[attr-defined]
-    static = isinstance(vars(owner).get(name), staticmethod)
-    setattr(owner, name, staticmethod(wrapped) if static else wrapped)
+    wrap(owner, name, wrapper, f"vLLM {version}", f"{support.TESTED_VERSIONS}")
 
 
 def install_process_hooks(member: Enum) -> None:

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 NAME = "LITE_ATTN"
@@ -65,11 +66,17 @@ def _select() -> Enum:
     AttentionBackendEnum._value2member_map_[created._value_] = created
     AttentionBackendEnum._member_names_.append(NAME)
     type.__setattr__(AttentionBackendEnum, NAME, created)
+    metrics_directory()
+    hooks.install_process_hooks(created)
+    return created
+
+
+def metrics_directory() -> Path:
+    """Where this process and those that it starts count, made if need be and removed when it ends."""
     if METRICS_DIRECTORY_VARIABLE not in os.environ:
         directory = os.environ[METRICS_DIRECTORY_VARIABLE] = tempfile.mkdtemp(prefix="lite-attention-")
         atexit.register(_remove, directory, os.getpid())
-    hooks.install_process_hooks(created)
-    return created
+    return Path(os.environ[METRICS_DIRECTORY_VARIABLE])
 
 
 def _remove(directory: str, owner: int) -> None:

@@ -21,21 +21,17 @@ class LayerState:
 
     Attributes:
         mask: (slots, kv_heads, words) int32, which blocks mattered at their last visit.
-        lse: (slots, heads) float32, each head's log-sum-exp of the step before.
         summaries: see `lite_attention.reference.summarize`; None until the cache is there.
 
     Args:
         slots: sequences at a time, and a scratch slot.
-        heads, kv_heads: of this rank.
+        kv_heads: of this rank.
         max_tokens: of a sequence.
     """
 
-    def __init__(
-        self, slots: int, heads: int, kv_heads: int, max_tokens: int, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, slots: int, kv_heads: int, max_tokens: int, device: torch.device | str = "cpu") -> None:
         words = mask_words(ceil_div(max_tokens, DECODE_BLOCK))
         self.mask = torch.zeros(slots, kv_heads, words, dtype=torch.int32, device=device)
-        self.lse = torch.zeros(slots, heads, dtype=torch.float32, device=device)
         self.summaries: Tensor | None = None
 
     def summaries_of(self, key_cache: Tensor) -> Tensor:
@@ -54,7 +50,7 @@ class LayerState:
 
     def memory_bytes(self) -> int:
         """Bytes of the state by slot, summaries not counted."""
-        return self.mask.nbytes + self.lse.nbytes
+        return self.mask.nbytes
 
 
 def skipping_layers(vllm_config: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ constexpr int kPart = 32;         // visited blocks that a thread attends to at 
 constexpr size_t kSmallWork = 1024;  // (block, query head) pairs that one thread computes before others wake up
 constexpr int kHeadTile = 4;      // query heads of a group that share a load of K or V
 constexpr int kRecent = 2;        // newest blocks, always visited
+constexpr float kExpectedBend = 3.1f, kGenerousBend = 8;  // of estimates, see lite_attention/reference.py
 
 static_assert(kBlock == kLanes, "a block of scores is one vector");
 static_assert(kBlock == 1 << int(kLog2Block));
@@ -49,7 +50,7 @@ const T* key_at(const KeyCache& key, int page, int token, int head) {
 
 // One (row, KV head): what it must look at in this step.
 struct Unit {
-    int row, kv_head, tokens, blocks, visits, first_part;
+    int row, kv_head, tokens, blocks, visits, first_chunk, first_part;
     bool dense, all;   // dense: threshold is -inf, state untouched; all: visit all, rewrite the state
     int64_t base;      // into the scratch arrays indexed by block
 };
@@ -69,6 +70,8 @@ class Decode {
 #pragma omp for schedule(static)
             for (int u = 0; u < int(units.size()); ++u) scale_queries(units[u]);
 #pragma omp for schedule(dynamic)
+            for (int c = 0; c < int(score_chunks.size()); ++c) estimate(score_chunks[c], c);
+#pragma omp for schedule(static)
             for (int c = 0; c < int(score_chunks.size()); ++c) select(score_chunks[c]);
 #pragma omp single
             plan_parts();
@@ -83,7 +86,7 @@ class Decode {
 
    private:
     struct Span {
-        int unit, begin, end;  // blocks (selection) or positions in the visit list (attention)
+        int unit, begin, end;  // blocks (scores) or positions in the visit list (attention)
     };
 
     const DecodeParams& p;
@@ -91,6 +94,8 @@ class Decode {
     std::vector<Unit> units;
     std::vector<Span> score_chunks, parts;
     std::vector<float> queries;     // (units, group, head_dim), times scale * log2(e)
+    std::vector<float> generous;    // (blocks, group) log2 of the mass that a block may have
+    std::vector<float> chunk_mass;  // (score chunks, group) log2 of the mass that its blocks probably have
     std::vector<uint8_t> chosen;    // one flag a block
     std::vector<int> visit_list;    // numbers of the chosen blocks, ascending
     std::vector<float> block_sum;   // (visited blocks, group) sum of 2**(s - maximum of the part)
@@ -103,80 +108,148 @@ class Decode {
             const int tokens = std::max(p.seq_lens[row], 0), blocks = ceil_div(tokens, kBlock);
             const bool dense = p.thresholds[row] == -kInf;
             for (int h = 0; h < p.kv_heads; ++h) {
-                units.push_back({row, h, tokens, blocks, 0, 0, dense, p.visit_all[row] != 0, base});
+                const int first_chunk = int(score_chunks.size());
+                units.push_back({row, h, tokens, blocks, 0, first_chunk, 0, dense, p.visit_all[row] != 0, base});
                 for (int b = 0; b < blocks; b += kScoreChunk)
                     score_chunks.push_back({int(units.size()) - 1, b, std::min(b + kScoreChunk, blocks)});
                 base += blocks;
             }
         }
         queries.resize(units.size() * group * p.head_dim);
+        generous.resize(base * group);
+        chunk_mass.resize(score_chunks.size() * group);
         chosen.resize(base);
         visit_list.resize(base);
         block_sum.resize(base * group);
     }
 
-    float* queries_of(const Unit& u) { return &queries[int64_t(&u - units.data()) * group * p.head_dim]; }
+    int64_t queries_at(const Unit& u) const { return (&u - units.data()) * int64_t(group) * p.head_dim; }
+    const float* queries_of(const Unit& u) const { return &queries[queries_at(u)]; }
     int page_of(const Unit& u, int block) const {
         return p.block_table[u.row * p.block_table_row + block / blocks_a_page];
     }
     uint32_t* mask_of(const Unit& u) const {
         return reinterpret_cast<uint32_t*>(p.mask) + p.slots[u.row] * p.mask_slot + u.kv_head * p.mask_head;
     }
-    float* lse_of(const Unit& u) const { return p.lse_state + p.slots[u.row] * p.lse_slot + u.kv_head * group; }
 
     void scale_queries(const Unit& u) {
-        float* out = queries_of(u);
+        float* out = &queries[queries_at(u)];
         for (int g = 0; g < group; ++g) {
             const T* q = static_cast<const T*>(p.query) + u.row * p.query_row + (u.kv_head * group + g) * p.query_head;
             for (int d = 0; d < p.head_dim; ++d) out[g * p.head_dim + d] = widen(q[d]) * (p.scale * kLog2E);
         }
     }
 
+    // Blocks that are visited whatever they weigh.
+    bool forced(const Unit& u, int block) const {
+        return u.dense || u.all || block == 0 || block >= u.blocks - kRecent;
+    }
+
     // A block is visited when it mattered at its last visit, or when its summary says it may matter now.
     void select(const Span& s) {
         const Unit& u = units[s.unit];
+        std::vector<float> limit(group);
+        if (!u.dense && !u.all)
+            for (int g = 0; g < group; ++g) limit[g] = p.thresholds[u.row] + probable_mass(u, g);
         for (int b = s.begin; b < s.end; ++b) {
-            const bool forced = u.dense || u.all || b == 0 || b >= u.blocks - kRecent;
-            chosen[u.base + b] = forced || (mask_of(u)[b / 32] >> (b % 32) & 1u) || may_matter(u, b);
+            bool visit = forced(u, b) || (mask_of(u)[b / 32] >> (b % 32) & 1u);
+            const float* mass = &generous[(u.base + b) * group];
+            for (int g = 0; g < group && !visit; ++g) visit = mass[g] > limit[g];
+            chosen[u.base + b] = visit;
         }
     }
 
-    // Whether Gaussian keys with the block's mean and deviation would have more than the threshold's share.
-    bool may_matter(const Unit& u, int block) {
-        for (int g = 0; g < group; g += kHeadTile) {
-            const bool matters = with_heads(group - g, [&](auto heads) { return may_matter<heads()>(u, block, g); });
-            if (matters) return true;
-        }
-        return false;
+    // Log2 of the mass that all blocks together probably have.
+    float probable_mass(const Unit& u, int head) const {
+        const int end = u.first_chunk + ceil_div(u.blocks, kScoreChunk);
+        float m = -kInf, total = 0;
+        for (int c = u.first_chunk; c < end; ++c) m = std::max(m, chunk_mass[c * group + head]);
+        for (int c = u.first_chunk; c < end; ++c) total += std::exp2(chunk_mass[c * group + head] - m);
+        return m + std::log2(total);
+    }
+
+    // What blocks weigh: exactly where they are visited in any case, else by their summaries.
+    void estimate(const Span& s, int chunk) {
+        const Unit& u = units[s.unit];
+        if (u.dense || u.all) return;
+        for (int g = 0; g < group; g += kHeadTile)
+            with_heads(group - g, [&](auto heads) { estimate<heads()>(u, s, chunk, g); });
     }
 
     template <int H>
-    bool may_matter(const Unit& u, int block, int first) {
+    void estimate(const Unit& u, const Span& s, int chunk, int first) {
+        float mean[H][kScoreChunk], variance[H][kScoreChunk];
+        for (int h = 0; h < H; ++h) {
+            std::fill_n(mean[h], kScoreChunk, -kInf);
+            std::fill_n(variance[h], kScoreChunk, 0.0f);
+        }
+        for (int b = s.begin; b < s.end; ++b) {
+            float m[H], v[H];
+            if (forced(u, b)) {
+                exact_mass<H>(u, b, first, m);
+                std::fill_n(v, H, 0.0f);
+            } else {
+                moments<H>(u, b, first, m, v);
+            }
+            for (int h = 0; h < H; ++h) mean[h][b - s.begin] = m[h], variance[h][b - s.begin] = v[h];
+        }
+        for (int h = 0; h < H; ++h) {
+            Vec expected[kScoreChunk / kLanes], largest = splat(-kInf), total = splat(0);
+            for (int i = 0; i < kScoreChunk / kLanes; ++i) {
+                const Vec m = load(mean[h] + i * kLanes), v = load(variance[h] + i * kLanes);
+                expected[i] = m + spread(v, kExpectedBend);
+                largest = max(largest, expected[i]);
+                const Vec may = m + spread(v, kGenerousBend);
+                for (int b = i * kLanes; b < std::min((i + 1) * kLanes, s.end - s.begin); ++b)
+                    generous[(u.base + s.begin + b) * group + first + h] = may[b - i * kLanes];
+            }
+            const float m = max(largest);
+            for (const Vec& e : expected) total += exp2(e - m);
+            chunk_mass[chunk * group + first + h] = m + std::log2(sum(total));
+        }
+    }
+
+    // How much the spread of a block's scores adds to the log2 of its mass; variance in squared log2 units.
+    static Vec spread(Vec variance, float bend) {
+        return (sqrt(variance * (1 / (kLog2E * kLog2E * bend)) + 1.0f) - 1.0f) * (bend * kLog2E);
+    }
+
+    template <int H>
+    void exact_mass(const Unit& u, int block, int first, float* mass) const {
+        Vec s[H];
+        scores<H>(u, block, queries_of(u) + first * p.head_dim, s);
+        for (int h = 0; h < H; ++h) {
+            const float m = max(s[h]);
+            mass[h] = m + std::log2(sum(exp2(s[h] - m)));
+        }
+    }
+
+    // By its summary: log2 of the block's mass if all scores were the mean, and the variance of the scores.
+    template <int H>
+    void moments(const Unit& u, int block, int first, float* mean, float* variance) const {
         const Summaries& s = p.summaries;
         const int D = p.head_dim;
         const uint8_t* summary = s.data + page_of(u, block) * s.page + u.kv_head * s.head +
                                  block % blocks_a_page * s.block;
-        const int8_t* mean = reinterpret_cast<const int8_t*>(summary);
-        const uint8_t* deviation = summary + D;
+        const int8_t* means = reinterpret_cast<const int8_t*>(summary);
+        const uint8_t* deviations = summary + D;
         float scales[2];
         std::memcpy(scales, summary + 2 * D, sizeof scales);
         const float* q = queries_of(u) + first * D;
         Vec linear[H], square[H];
         for (int h = 0; h < H; ++h) linear[h] = square[h] = splat(0);
         for (int d = 0; d < D; d += kLanes) {
-            const Vec m = load(mean + d), s = load(deviation + d);
+            const Vec m = load(means + d), s = load(deviations + d);
             for (int h = 0; h < H; ++h) {
-                const Vec qd = load(q + h * D + d), spread = qd * s;
+                const Vec qd = load(q + h * D + d), of_channel = qd * s;
                 linear[h] += qd * m;
-                square[h] += spread * spread;
+                square[h] += of_channel * of_channel;
             }
         }
-        const float square_scale = scales[1] * scales[1] * 0.5f * kLn2;
         for (int h = 0; h < H; ++h) {
-            const float mass = kLog2Block + sum(linear[h] * scales[0] + square[h] * square_scale);
-            if (mass - lse_of(u)[first + h] * kLog2E > p.thresholds[u.row]) return true;
+            mean[h] = kLog2Block + sum(linear[h]) * scales[0];
+            variance[h] = sum(square[h]) * (scales[1] * scales[1]);
         }
-        return false;
     }
 
     void plan_parts() {
@@ -206,16 +279,7 @@ class Decode {
         for (int h = 0; h < H; ++h) largest[h] = splat(-kInf);
         for (int i = 0; i < count; ++i) {
             if (i + 1 < count) prefetch_keys(u, blocks[i + 1]);
-            const int valid = std::min(kBlock, u.tokens - blocks[i] * kBlock);
-            const T* key = key_of(u, blocks[i]);
-            if (p.key.token == 1)
-                scores_by_token<H>(q, key, s[i]);
-            else
-                scores_by_channel<H>(q, key, valid, s[i]);
-            if (valid < kBlock) {
-                const IVec outside = kLaneNumbers >= valid;
-                for (int h = 0; h < H; ++h) s[i][h] = outside ? splat(-kInf) : s[i][h];
-            }
+            scores<H>(u, blocks[i], q, s[i]);
             for (int h = 0; h < H; ++h) largest[h] = max(largest[h], s[i][h]);
         }
         float part_largest[H], total[H];
@@ -270,6 +334,21 @@ class Decode {
                 __builtin_prefetch(value + t * p.value_token + d);
     }
 
+    // Scores of a block in log2 units, -inf past the end of the sequence.
+    template <int H>
+    void scores(const Unit& u, int block, const float* q, Vec* s) const {
+        const int valid = std::min(kBlock, u.tokens - block * kBlock);
+        const T* key = key_of(u, block);
+        if (p.key.token == 1)
+            scores_by_token<H>(q, key, s);
+        else
+            scores_by_channel<H>(q, key, valid, s);
+        if (valid < kBlock) {
+            const IVec outside = kLaneNumbers >= valid;
+            for (int h = 0; h < H; ++h) s[h] = outside ? splat(-kInf) : s[h];
+        }
+    }
+
     // Keys stored channel by channel: 16 neighbouring tokens are one load.
     template <int H>
     void scores_by_token(const float* q, const T* key, Vec* s) const {
@@ -317,7 +396,6 @@ class Decode {
             p.lse[int64_t(u.row) * p.heads + head] = lse2[g] * kLn2;
         }
         if (u.dense || u.blocks == 0) return;
-        std::copy_n(&p.lse[int64_t(u.row) * p.heads + u.kv_head * group], group, lse_of(u));
         uint32_t* mask = mask_of(u);
         for (int i = 0; i < u.visits; ++i) {
             const int part = u.first_part + i / kPart;

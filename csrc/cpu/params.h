@@ -34,8 +34,6 @@ struct DecodeParams {
     const uint8_t* visit_all;   // (rows,)
     int32_t* mask;              // (slots, kv_heads, words), updated in place
     int64_t mask_slot, mask_head;
-    float* lse_state;  // (slots, heads), natural log, updated in place
-    int64_t lse_slot;
     void* out;         // (rows, heads, head_dim), contiguous
     float* lse;        // (rows, heads), natural log
     int32_t* visited;  // (rows,) blocks visited, summed over KV heads

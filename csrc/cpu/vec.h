@@ -117,6 +117,11 @@ inline float sum(Vec v) {
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+inline Vec sqrt(Vec v) {
+    for (int i = 0; i < kLanes; ++i) v[i] = std::sqrt(v[i]);
+    return v;
+}
+
 inline float max(Vec v) {
     float m = v[0];
     for (int i = 1; i < kLanes; ++i) m = m > v[i] ? m : v[i];

@@ -50,8 +50,6 @@ class _DecodeParams(ctypes.Structure):
         ("mask", _pointer),
         ("mask_slot", _i64),
         ("mask_head", _i64),
-        ("lse_state", _pointer),
-        ("lse_slot", _i64),
         ("out", _pointer),
         ("lse", _pointer),
         ("visited", _pointer),
@@ -133,7 +131,6 @@ def decode(
     thresholds: Tensor,
     visit_all: Tensor,
     mask: Tensor,
-    lse_state: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.decode`` by the compiled kernels; arguments are checked by the caller."""
@@ -162,8 +159,6 @@ def decode(
         mask=mask.data_ptr(),
         mask_slot=mask.stride(0),
         mask_head=mask.stride(1),
-        lse_state=lse_state.data_ptr(),
-        lse_slot=lse_state.stride(0),
         out=out.data_ptr(),
         lse=lse.data_ptr(),
         visited=visited.data_ptr(),

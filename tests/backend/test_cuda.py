@@ -68,7 +68,7 @@ class Engine:
         shared.lse = torch.empty(PADDED * HEADS)
         self.impl: Any = cuda.LiteAttentionImpl.__new__(cuda.LiteAttentionImpl)
         self.impl.num_heads, self.impl.head_size, self.impl.scale = HEADS, HEAD_DIM, HEAD_DIM**-0.5
-        self.impl.state = LayerState(SEQUENCES + 1, HEADS, KV_HEADS, ROOM)
+        self.impl.state = LayerState(SEQUENCES + 1, KV_HEADS, ROOM)
         self.impl.launches, self.impl.rows_a_launch = shared, 3
         self.impl.allocate_summaries(self.cache)
         self.builder: Any = cuda.LiteMetadataBuilder.__new__(cuda.LiteMetadataBuilder)
@@ -293,11 +293,11 @@ def test_a_builder_that_is_asked_about_pieces_of_requests_makes_no_plan() -> Non
 
 def test_a_run_that_serves_no_request_is_dense_and_keeps_the_state() -> None:
     engine = Engine(v2=True)
-    engine.impl.state.lse.fill_(7)
+    engine.impl.state.mask.fill_(7)
     request = Request("a", 1, 3, -1.0, row=0)
     engine.run([(request, 1)])  # outside of a step
     fields = engine.impl.launches.fields
     assert fields.slots.tolist() == [0] * PADDED
     assert fields.thresholds.tolist() == [-math.inf] * PADDED
-    assert engine.impl.state.lse.unique().tolist() == [7]
+    assert engine.impl.state.mask.unique().tolist() == [7]
     assert engine.tracker.take_stats() == {}

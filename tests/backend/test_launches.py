@@ -99,7 +99,7 @@ def test_after_a_sleep_the_decode_kernel_finds_its_counter_zero(tags: list[str] 
     hooks = pytest.importorskip("lite_attention.backend.vllm.hooks", exc_type=ImportError)
     shared = Launches({}, ROWS, torch.device("cpu"))
     shared.workspace = torch.full((64,), 7, dtype=torch.uint8)
-    state = LayerState(slots=2, heads=2, kv_heads=1, max_tokens=64)
+    state = LayerState(slots=2, kv_heads=1, max_tokens=64)
     layers = {"a": SimpleNamespace(impl=SimpleNamespace(state=state, launches=shared)), "b": SimpleNamespace()}
     config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
     woken = []

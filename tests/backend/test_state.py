@@ -13,7 +13,7 @@ from lite_attention.backend.vllm.state import LayerState
 
 
 def layer() -> LayerState:
-    return LayerState(slots=2, heads=2, kv_heads=1, max_tokens=64)
+    return LayerState(slots=2, kv_heads=1, max_tokens=64)
 
 
 def test_layers_that_share_a_cache_share_its_summaries() -> None:

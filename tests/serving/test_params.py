@@ -7,9 +7,12 @@ from hypothesis import strategies as st
 
 from lite_attention.serving.params import (
     DENSE,
+    DenoiseOptions,
+    DenoiseServerOptions,
     LiteParamError,
     RequestOptions,
     ServerOptions,
+    parse_denoise_request,
     parse_request,
     parse_request_lenient,
 )
@@ -176,3 +179,45 @@ def test_server_config_raises_only_value_error(table: Any) -> None:
         ServerOptions.from_additional_config({"lite_attn": table})
     except ValueError as error:
         assert "additional_config.lite_attn" in str(error)
+
+
+def test_options_of_diffusion_stand_together() -> None:
+    server = DenoiseServerOptions.from_additional_config({"lite_attn": {"cooldown_steps": 3, "max_threshold": -2}})
+    expected = DenoiseOptions(threshold=-8.0, enable=True, refresh_interval=0, warmup_steps=0, cooldown_steps=3)
+    for nothing in (None, {}, {"lite_attn": None}, {"lite_attn": {}}, {"other": 1, 2: 3}):
+        assert parse_denoise_request(nothing, server) == expected
+    assert parse_denoise_request({"lite_attn": {"threshold": 4, "cooldown_steps": 0}}, server).threshold == -4.0
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "message"),
+    [
+        ({"lite_attn": {"threshold": "hot"}}, r"^lite_attn\.threshold: expected a number"),
+        ({"lite_attn": {"threshold": -1}}, r"^lite_attn\.threshold: expected at most -2\.0"),
+        ({"lite_attn": {"cooldown_steps": -1}}, r"^lite_attn\.cooldown_steps: expected a whole number"),
+        ({"lite_attn": {"banana": 1}}, r"^lite_attn\.banana: unknown; expected one of .*lite_attn\.cooldown_steps"),
+        ({"lite_attn": {5: 1}}, r"^lite_attn\.5: unknown|^lite_attn\.: unknown"),
+        ({"lite_attn": [1]}, r"^lite_attn: expected a table of options, got \[1\]"),
+        ({"lite_attn_threshold": -4}, r"^lite_attn\.lite_attn_threshold: unknown"),
+        ([1], r"^extra_args: expected"),
+    ],
+)
+def test_bad_options_of_diffusion_are_named(extra_args: Any, message: str) -> None:
+    server = DenoiseServerOptions(max_threshold=-2)
+    with pytest.raises(LiteParamError, match=message):
+        parse_denoise_request(extra_args, server)
+
+
+@given(json_values)
+def test_only_our_error_whatever_comes_to_diffusion(value: Any) -> None:
+    try:
+        options = parse_denoise_request({"lite_attn": value}, DenoiseServerOptions())
+    except LiteParamError as error:
+        assert len(str(error)) < 1500
+    else:
+        assert options.threshold <= 0
+
+
+def test_cooldown_is_unknown_to_language_models() -> None:
+    with pytest.raises(LiteParamError, match="^lite_attn_cooldown_steps: unknown"):
+        parse_request({"lite_attn_cooldown_steps": 1}, SERVER)

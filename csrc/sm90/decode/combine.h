@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The second kernel of a decode step: a thread block for each sequence and key head puts the segments together, in their order,
+// The third kernel of a decode step: a thread block for each sequence and key head puts the segments together, in their order,
 // and notes in the state which blocks mattered.
 #pragma once
 
@@ -74,7 +74,6 @@ __global__ void __launch_bounds__(kCombiners * kWarp) combine_kernel(__grid_cons
         if (lane == 0) {
             shared_lse[head] = lse;
             call.lse[static_cast<int64_t>(row) * call.heads + kv_head * group + head] = lse * kLn2;
-            if (tracked) { call.lse_state[slot * call.lse_state_stride + kv_head * group + head] = lse * kLn2; }
         }
     }
     __syncthreads();

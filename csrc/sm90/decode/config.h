@@ -32,9 +32,11 @@ struct Config {
     static_assert(kPlanes * kPlane == kHeadDim);
 
     static constexpr int kConsumers = 8;
-    // Warps that score, each a unit of work of its own: as many as there is shared memory for.
-    static constexpr int kScorers = kHeadDim * kHeadTiles <= 256 ? 4 : 2;
-    static constexpr int kThreads = (kConsumers + kScorers + 1) * kWarp;
+    // Warps that list what to visit, each a unit of work of its own. One more, and the consumers had 40 registers less.
+    static constexpr int kPlanners = 3;
+    static constexpr int kThreads = (kConsumers + kPlanners + 1) * kWarp;
+    // Warps of the kernel that estimates, each for a word of blocks of a segment.
+    static constexpr int kEstimators = kSegmentWords;
 
     // Channels whose sums over the warps are taken at a time.
     static constexpr int kSlice = kPlane;
@@ -46,7 +48,7 @@ struct Config {
     static constexpr int kStageElements = kDecodeBlock * kHeadDim;
     static constexpr int kStageBytes = 2 * kStageElements * 2;
     static constexpr int kOtherBytes =
-        kScorers * (8 * kSegmentBlocks + 2 * kHeads * kQueryRow + kHeadTiles * 32 * kHeadDim) +
+        kPlanners * (8 * kSegmentBlocks + 2 * kHeads * kQueryRow + 4 * kHeads) +
         kConsumers * kSlice * kHeadTile * 4 + kMaxRows * 4 + 4096;
     static constexpr int kStages =
         std::min(40, (kSharedBytes - kOtherBytes) / kStageBytes / kConsumers * kConsumers);

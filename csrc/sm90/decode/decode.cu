@@ -3,6 +3,7 @@
 #include "../common/device.h"
 #include "../common/tensor_map.h"
 #include "combine.h"
+#include "estimate.h"
 #include "launch.h"
 #include "workspace.h"
 
@@ -36,6 +37,7 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     kernel_params.workspace = {
         reinterpret_cast<int32_t*>(memory),
         reinterpret_cast<uint32_t*>(memory + layout.visited),
+        reinterpret_cast<float*>(memory + layout.expected),
         reinterpret_cast<float*>(memory + layout.masses),
         reinterpret_cast<float*>(memory + layout.lse),
         reinterpret_cast<float*>(memory + layout.out),
@@ -44,28 +46,43 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     kernel_params.group = params.heads / params.kv_heads;
     kernel_params.scale_log2 = params.scale * kLog2E;
 
-    auto const kernel = decode_kernel<Config>;
-    int const shared_bytes = static_cast<int>(sizeof(SharedStorage<Config>) + params.rows * sizeof(int));
     static_assert(sizeof(SharedStorage<Config>) + kMaxRows * sizeof(int) <= kSharedBytes);
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    int const estimate_bytes = static_cast<int>(sizeof(EstimateStorage<Config>) + params.rows * sizeof(int));
+    int const attend_bytes = static_cast<int>(sizeof(SharedStorage<Config>) + params.rows * sizeof(int));
+    int64_t const units = static_cast<int64_t>(layout.segments) * params.kv_heads * params.rows;
+    auto const thread_blocks = [&](int on_each) { return static_cast<unsigned>(std::min<int64_t>(units, on_each * processors())); };
+    constexpr int kEstimateBlocks = 4;  // thread blocks of the first kernel on a processor
+
+    cudaError_t error =
+        cudaFuncSetAttribute(estimate_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, estimate_bytes);
     if (error == cudaSuccess) {
-        int64_t const units = static_cast<int64_t>(layout.segments) * params.kv_heads * params.rows;
-        auto const grid = static_cast<unsigned>(std::min<int64_t>(units, processors()));
-        kernel<<<grid, Config::kThreads, shared_bytes, stream>>>(kernel_params);
-        error = cudaGetLastError();
+        error = cudaFuncSetAttribute(attend_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, attend_bytes);
     }
     if (error == cudaSuccess) {
-        // Begins while the last units are worked on, and waits for them.
+        estimate_kernel<Config><<<thread_blocks(kEstimateBlocks), Config::kEstimators * kWarp, estimate_bytes, stream>>>(
+            kernel_params);
+        error = cudaGetLastError();
+    }
+    // Begins while the kernel before still runs, and waits where it needs it.
+    auto launch_early = [&](auto kernel, dim3 grid, int threads, int shared_bytes) {
         cudaLaunchAttribute early{};
         early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         early.val.programmaticStreamSerializationAllowed = 1;
         cudaLaunchConfig_t config{};
-        config.gridDim = dim3(params.kv_heads, params.rows);
-        config.blockDim = kCombiners * kWarp;
+        config.gridDim = grid;
+        config.blockDim = threads;
+        config.dynamicSmemBytes = shared_bytes;
         config.stream = stream;
         config.attrs = &early;
         config.numAttrs = 1;
-        error = cudaLaunchKernelEx(&config, combine_kernel<typename Config::Element>, kernel_params);
+        return cudaLaunchKernelEx(&config, kernel, kernel_params);
+    };
+    if (error == cudaSuccess) {
+        error = launch_early(attend_kernel<Config>, dim3(thread_blocks(1)), Config::kThreads, attend_bytes);
+    }
+    if (error == cudaSuccess) {
+        error = launch_early(
+            combine_kernel<typename Config::Element>, dim3(params.kv_heads, params.rows), kCombiners * kWarp, 0);
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

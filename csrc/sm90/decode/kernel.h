@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The decode kernel. A thread block works on units, each a segment of a sequence and one key head: some warps score the blocks of
-// a unit each and list those to visit, one warp has them fetched, others attend to them together, each with a softmax of its
-// own. A second kernel puts the segments together and updates the state. Segments begin at fixed places, so what a row gets does
-// not depend on its batch.
+// The second kernel of a decode step. Some warps list what a unit of work visits, one warp has it fetched, others attend to it
+// together, each with a softmax of its own.
 #pragma once
 
 #include <cute/arch/copy_sm90_desc.hpp>
@@ -12,99 +10,63 @@
 
 namespace lite_attention::sm90 {
 
-// What the units of a call leave for the second kernel.
-struct Workspace {
-    int32_t* drawn;     // units that were taken beside each thread block's first ones; zero between calls
-    uint32_t* visited;  // (rows, kv_heads, words) blocks that were visited
-    float* masses;      // (rows, kv_heads, blocks, group) log2 of a block's mass, of blocks that were visited
-    float* lse;         // (rows, kv_heads, segments, group) of a segment, in log2 units
-    float* out;         // (rows, kv_heads, segments, head_dim, group) of a segment; not written where its lse is -inf
-
-    int words;
-    int segments;
-};
-
-struct KernelParams {
-    // (channels of a plane, tokens of a page, planes, key heads, pages); where a box holds one plane, all channels are in it.
-    CUtensorMap key;
-    CUtensorMap value;
-    int box_planes;
-    DecodeParams call;
-    Workspace workspace;
-    int group;  // query heads of a key head
-    float scale_log2;
-};
-
-CUTLASS_DEVICE int segments_of(int length) { return max(1, ceil_div(length, kSegmentBlocks * kDecodeBlock)); }
-
 template <class Config>
 CUTLASS_DEVICE void sync_consumers() {
     // CUTLASS counts from the first barrier that it leaves to others: not __syncthreads', which is the hardware's 0.
     cutlass::arch::NamedBarrier::sync(Config::kConsumers * kWarp, 0);
 }
 
-// Fills in which unit of work is the first of each row. Runs in the whole thread block.
-template <class Config>
-CUTLASS_DEVICE void number_units(KernelParams const& params, SharedStorage<Config>& shared) {
-    DecodeParams const& call = params.call;
-    int* const first_unit = shared.first_unit;
-    for (int row = threadIdx.x; row < call.rows; row += Config::kThreads) {
-        first_unit[row] = segments_of(call.seq_lens[row]) * call.kv_heads;
-    }
-    __syncthreads();
-    if (threadIdx.x < kWarp) {
-        int before = 0;
-        for (int start = 0; start < call.rows; start += kWarp) {
-            int const row = start + threadIdx.x;
-            int const units = row < call.rows ? first_unit[row] : 0;
-            int sum = units;
-            CUTLASS_PRAGMA_UNROLL
-            for (int distance = 1; distance < kWarp; distance *= 2) {
-                int const other = __shfl_up_sync(~0u, sum, distance);
-                if (static_cast<int>(threadIdx.x) >= distance) { sum += other; }
-            }
-            if (row < call.rows) { first_unit[row] = before + sum - units; }
-            before += __shfl_sync(~0u, sum, kWarp - 1);
-        }
-        if (threadIdx.x == 0) { first_unit[call.rows] = before; }
-    }
-    __syncthreads();
-}
-
-// The units of a thread block in their order, for those who work on what the scorers list: the n-th is scorer n modulo
-// kScorers'. `action` gets the unit.
+// The units of a thread block in their order, for those who work on what the planners list: the n-th is planner n modulo
+// kPlanners'. `action` gets the unit.
 template <class Config, class Action>
 CUTLASS_DEVICE void for_each_unit(SharedStorage<Config>& shared, Action action) {
     for (uint32_t n = 0;; ++n) {
-        int const scorer = shared.units.place(n);
+        int const planner = shared.units.place(n);
         shared.units.wait_full(n);
-        Unit<Config> const& unit = shared.unit[scorer];
+        Unit<Config> const& unit = shared.unit[planner];
         if (unit.row < 0) { break; }
         action(unit);
         __syncwarp();
-        if (threadIdx.x % kWarp == 0) { Barrier::arrive(&shared.units.empty[scorer]); }
+        if (threadIdx.x % kWarp == 0) { Barrier::arrive(&shared.units.empty[planner]); }
     }
 }
 
 // Takes the n-th unit of a thread block, the next that none has taken. It waits as long as too much is listed, and for its turn:
-// otherwise who fetches unit n could wait for it while its scorer waits for later ones to be fetched. `expected`: blocks that it
+// otherwise who fetches unit n could wait for it while its planner waits for later ones to be fetched. `expected`: blocks that it
 // will probably visit. A number from `units` on means that there are no more.
 template <class Config>
 CUTLASS_DEVICE int draw_unit(SharedStorage<Config>& shared, int32_t* drawn, uint32_t n, int units, int expected) {
     auto& turn = *static_cast<uint32_t volatile*>(&shared.turn);
     auto& backlog = *static_cast<int volatile*>(&shared.backlog);
     while (turn != n || backlog >= kBacklog) { __nanosleep(100); }
-    int const index = Config::kScorers * gridDim.x + atomicAdd(drawn, 1);
+    int const index = Config::kPlanners * gridDim.x + atomicAdd(drawn, 1);
     if (index < units) { atomicAdd(&shared.backlog, expected); }
     __threadfence_block();
     turn = n + 1;
     return index;
 }
 
-// Lists what units of work visit. Runs in kScorers warps.
+// Sets limits[head], the least log2 of a mass that is worth a visit: threshold and log2 of the mass that all blocks probably have.
+// Runs in a warp.
+CUTLASS_DEVICE void set_limits(Workspace const& workspace, Place const& place, int group, float* limits) {
+    int const lane = threadIdx.x % kWarp;
+    int const segments = segments_of(place.length);
+    float const* const expected = workspace.expected + place.pair * workspace.segments * group;
+    for (int head = 0; head < group; ++head) {
+        float largest = -INFINITY;
+        for (int i = lane; i < segments; i += kWarp) { largest = fmaxf(largest, expected[i * group + head]); }
+        largest = join_lanes(largest, fmaxf);
+        float sum = 0.0f;
+        for (int i = lane; i < segments; i += kWarp) { sum += exp2f(expected[i * group + head] - largest); }
+        sum = join_lanes(sum, add);
+        if (lane == 0) { limits[head] = place.threshold + largest + log2f(sum); }
+    }
+    __syncwarp();
+}
+
+// Lists what units of work visit. Runs in kPlanners warps.
 template <class Config>
 CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shared) {
-    using Element = typename Config::Element;
     DecodeParams const& call = params.call;
     Workspace const& workspace = params.workspace;
     int const warp = threadIdx.x / kWarp;
@@ -113,14 +75,14 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
     int const group = params.group;
     int const units = shared.first_unit[call.rows];
     Unit<Config>& unit = shared.unit[warp];
-    ScoringQuery<Config>* const scoring = shared.scoring[warp];
+    float* const limits = shared.limits[warp];
 
     int expected = 0;  // blocks that are in the backlog before they are listed
     int total = 0;
-    for (uint32_t n = warp;; n += Config::kScorers) {
+    for (uint32_t n = warp;; n += Config::kPlanners) {
         int index = blockIdx.x + warp * gridDim.x;
         shared.units.wait_empty(n);
-        if (n >= Config::kScorers) {
+        if (n >= Config::kPlanners) {
             expected = total;
             if (lane == 0) { index = draw_unit(shared, workspace.drawn, n, units, expected); }
             index = __shfl_sync(~0u, index, 0);
@@ -132,110 +94,48 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
             }
             break;
         }
-        int row = 0;
-        for (int end = call.rows; row + 1 < end;) {
-            int const middle = (row + end) / 2;
-            (shared.first_unit[middle] <= index ? row : end) = middle;
-        }
-        int const kv_head = (index - shared.first_unit[row]) % call.kv_heads;
-        int const segment = (index - shared.first_unit[row]) / call.kv_heads;
-        int const length = max(0, call.seq_lens[row]);
-        float const threshold = call.thresholds[row];
-        int const slot = call.slots[row];
-        int const blocks = ceil_div(length, kDecodeBlock);
-        bool const tracked = threshold != -INFINITY && length > 0;
-        bool const everything = !tracked || call.visit_all[row];
-        int const first_word = segment * kSegmentWords;
-        int const words = min(kSegmentWords, ceil_div(blocks, kWordBlocks) - first_word);
-        int64_t const pair = static_cast<int64_t>(row) * call.kv_heads + kv_head;
-
-        // Where the summary of this lane's block of a word is. A block that does not exist has the one of another.
-        auto summary_of = [&](int w, int page) -> uint8_t const* {
-            int const block = (first_word + w) * kWordBlocks + lane;
-            int const place = block < blocks ? block % blocks_of_page : 0;
-            return call.summaries.data + page * call.summaries.page_stride + kv_head * call.summaries.head_stride +
-                   place * call.summaries.block_stride;
-        };
-        // Every block's page at first; the list of those to visit grows over it.
-        CUTLASS_PRAGMA_UNROLL
-        for (int w = 0; w < kSegmentWords; ++w) {
-            int const block = (first_word + w) * kWordBlocks + lane;
-            int const page = block < blocks ? call.block_table[row * call.block_table_stride + block / blocks_of_page] : 0;
-            unit.page[w * kWordBlocks + lane] = page;
-            if (!everything && block < blocks) { prefetch(summary_of(w, page), 2 * call.head_dim + 8); }
-        }
-        Element const* const query = static_cast<Element const*>(call.query) + row * call.query_row_stride +
-                                     kv_head * group * call.query_head_stride;
-        constexpr int kVector = 8;  // elements that are copied at a time
-        constexpr int kRowVectors = Config::kHeadDim / kVector;
-        for (int i = lane; i < Config::kHeads * kRowVectors; i += kWarp) {
-            int const head = i / kRowVectors;
-            int const channel = i % kRowVectors * kVector;
-            bool const exists = head < group && channel < call.head_dim;
-            *reinterpret_cast<uint4*>(unit.query + head * Config::kQueryRow + channel) =
-                exists ? *reinterpret_cast<uint4 const*>(query + head * call.query_head_stride + channel) : uint4{};
-        }
-        float2 limit[Config::kHeadTiles];
+        Place const place(call, workspace, shared.first_unit, index);
+        int const first_word = place.segment * kSegmentWords;
+        int const words = min(kSegmentWords, ceil_div(place.blocks, kWordBlocks) - first_word);
+        copy_queries<Config>(params, place, unit.query, lane, kWarp);
         uint32_t mattered = 0;  // of lanes that are words
-        __syncwarp();
-        if (!everything) {
-            float const* const lse_before = call.lse_state + slot * call.lse_state_stride + kv_head * group;
-            CUTLASS_PRAGMA_UNROLL
-            for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
-                int const head = tile * kHeadTile + lane % 4 * 2;
-                limit[tile] = {
-                    head < group ? threshold + lse_before[head] * kLog2E : INFINITY,
-                    head + 1 < group ? threshold + lse_before[head + 1] * kLog2E : INFINITY};
-                scoring[tile].fill(unit.query + tile * kHeadTile * Config::kQueryRow);
-            }
+        if (!place.everything) {
             if (lane < words) {
-                mattered = call.mask[slot * call.mask_slot_stride + kv_head * call.mask_head_stride + first_word + lane];
+                int32_t const* const of_slot = call.mask + call.slots[place.row] * call.mask_slot_stride;
+                mattered = of_slot[place.kv_head * call.mask_head_stride + first_word + lane];
             }
-            __syncwarp();
+            cudaGridDependencySynchronize();  // the estimates are there
+            set_limits(workspace, place, group, limits);
         }
 
         total = 0;
-        Summaries<Config> ahead;
-        if (!everything) { ahead.load(summary_of(0, unit.page[lane]), 0, call.head_dim); }
-#pragma unroll 1
         for (int w = 0; w < words; ++w) {
-            int const page = unit.page[w * kWordBlocks + lane];
             int const block = (first_word + w) * kWordBlocks + lane;
-            uint32_t word = __ballot_sync(~0u, block < blocks);
-            if (!everything) {
-                // The first block, and the newest two, which may have no summary yet.
-                uint32_t visits = __shfl_sync(~0u, mattered, w) | __ballot_sync(~0u, block == 0 || block >= blocks - 2);
-                CUTLASS_PRAGMA_UNROLL
-                for (int half = 0; half < 2; ++half) {
-                    Summaries<Config> const summaries = ahead;
-                    if (half == 0) {
-                        ahead.load(summary_of(w, page), 16, call.head_dim);
-                    } else if (w + 1 < words) {
-                        ahead.load(summary_of(w + 1, unit.page[(w + 1) * kWordBlocks + lane]), 0, call.head_dim);
-                    }
-                    CUTLASS_PRAGMA_UNROLL
-                    for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
-                        visits |= summaries.score(scoring[tile], params.scale_log2, limit[tile]) << (half * 16);
-                    }
-                }
-                word &= visits;
+            bool visit = block < place.blocks;
+            uint32_t const before = __shfl_sync(~0u, mattered, w);
+            if (!place.everything && visit) {
+                visit = place.forced(block) || (before >> lane & 1);
+                float const* const may_be = workspace.masses + (place.pair * workspace.words * kWordBlocks + block) * group;
+                for (int head = 0; head < group; ++head) { visit |= may_be[head] > limits[head]; }
             }
-            __syncwarp();
-            if (word >> lane & 1) {
+            uint32_t const word = __ballot_sync(~0u, visit);
+            if (visit) {
                 int const i = total + __popc(word & ((1u << lane) - 1));
-                unit.page[i] = page;
+                unit.page[i] = call.block_table[place.row * call.block_table_stride + block / blocks_of_page];
                 unit.block[i] = w * kWordBlocks + lane;
             }
-            if (lane == 0 && tracked) { workspace.visited[pair * workspace.words + first_word + w] = word; }
+            if (lane == 0 && place.tracked) {
+                workspace.visited[place.pair * workspace.words + first_word + w] = word;
+            }
             total += __popc(word);
         }
         if (lane == 0) {
-            unit.row = row;
-            unit.kv_head = kv_head;
-            unit.segment = segment;
-            unit.length = length;
+            unit.row = place.row;
+            unit.kv_head = place.kv_head;
+            unit.segment = place.segment;
+            unit.length = place.length;
             unit.blocks = total;
-            unit.tracked = tracked;
+            unit.tracked = place.tracked;
             atomicAdd(&shared.backlog, total - expected);
         }
         __syncwarp();
@@ -287,42 +187,7 @@ CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& sha
     });
 }
 
-// Four 8 x 8 matrices from shared memory; lanes 8 i to 8 i + 7 give the rows of the i-th.
-CUTLASS_DEVICE void load_matrices(uint32_t (&matrices)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
-                 : "r"(address));
-}
-CUTLASS_DEVICE void load_transposed(uint32_t (&matrices)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
-                 : "r"(address));
-}
-CUTLASS_DEVICE uint32_t transpose(uint32_t matrix) {
-    uint32_t transposed;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(matrix));
-    return transposed;
-}
-
-CUTLASS_DEVICE uint32_t pack(float low, float high, __half) { return bits(__floats2half2_rn(low, high)); }
-CUTLASS_DEVICE uint32_t pack(float low, float high, __nv_bfloat16) {
-    __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<uint32_t const&>(pair);
-}
-
-// Over the eight lanes that hold other keys, or channels, of the same heads.
-template <class Join>
-CUTLASS_DEVICE float join_keys(float value, Join join) {
-    CUTLASS_PRAGMA_UNROLL
-    for (int distance = 4; distance < kWarp; distance *= 2) {
-        value = join(value, __shfl_xor_sync(~0u, value, distance));
-    }
-    return value;
-}
-CUTLASS_DEVICE float add(float a, float b) { return a + b; }
-
-// What a warp has gathered of a segment. Products have keys or channels as rows and heads as columns: a thread holds the heads
-// 2 * (lane % 4) and the one after, at rows lane / 4 and 8 further.
+// What a warp has gathered of a segment.
 template <class Config>
 struct Gathered {
     static constexpr int kTiles = Config::kHeadDim / 16;
@@ -381,7 +246,7 @@ CUTLASS_DEVICE void attend(
         CUTLASS_PRAGMA_UNROLL
         for (int h = 0; h < 2; ++h) {
             float const before = gathered.max[tile][h];
-            float const now = fmaxf(before, join_keys(fmaxf(score[h], score[h + 2]), fmaxf));
+            float const now = fmaxf(before, join_rows(fmaxf(score[h], score[h + 2]), fmaxf));
             offset[h] = now == -INFINITY ? 0.0f : now;
             if (__any_sync(~0u, now > before)) {
                 float const factor = exp2f(before - offset[h]);
@@ -403,7 +268,7 @@ CUTLASS_DEVICE void attend(
         if (masses != nullptr) {
             CUTLASS_PRAGMA_UNROLL
             for (int h = 0; h < 2; ++h) {
-                float const mass = log2f(join_keys(block_sum[h], add)) + offset[h];
+                float const mass = log2f(join_rows(block_sum[h], add)) + offset[h];
                 int const head = tile * kHeadTile + lane * 2 + h;
                 if (lane < 4 && head < group) { masses[head] = mass; }
             }
@@ -440,7 +305,7 @@ CUTLASS_DEVICE void merge(
     for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
         CUTLASS_PRAGMA_UNROLL
         for (int h = 0; h < 2; ++h) {
-            float const sum = join_keys(gathered.sum[tile][h], add);
+            float const sum = join_rows(gathered.sum[tile][h], add);
             if (lane < 4) {
                 shared.max[warp][tile * kHeadTile + lane * 2 + h] = gathered.max[tile][h];
                 shared.sum[warp][tile * kHeadTile + lane * 2 + h] = sum;
@@ -548,24 +413,24 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
 }
 
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, 1) decode_kernel(__grid_constant__ KernelParams const params) {
+__global__ void __launch_bounds__(Config::kThreads, 1) attend_kernel(__grid_constant__ KernelParams const params) {
     extern __shared__ __align__(1024) uint8_t memory[];
     auto& shared = *reinterpret_cast<SharedStorage<Config>*>(memory);
     if (threadIdx.x == 0) {
         shared.units.init(1, Config::kConsumers + 1);
         shared.stages.init(1, 1);
-        shared.turn = Config::kScorers;
+        shared.turn = Config::kPlanners;
         shared.backlog = 0;
         cutlass::arch::fence_barrier_init();
         cute::prefetch_tma_descriptor(&params.key);
         cute::prefetch_tma_descriptor(&params.value);
     }
-    number_units(params, shared);
+    number_units(params.call, shared.first_unit);
     int const warp = threadIdx.x / kWarp;
-    if (warp < Config::kScorers) {
+    if (warp < Config::kPlanners) {
         plan(params, shared);
-    } else if (warp < Config::kScorers + Config::kConsumers) {
-        consume(params, shared, threadIdx.x - Config::kScorers * kWarp);
+    } else if (warp < Config::kPlanners + Config::kConsumers) {
+        consume(params, shared, threadIdx.x - Config::kPlanners * kWarp);
     } else {
         fetch(params, shared);
     }

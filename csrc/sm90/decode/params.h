@@ -49,8 +49,6 @@ struct DecodeParams {
     int32_t* mask;  // (slots, kv_heads, words), words contiguous
     int64_t mask_slot_stride;
     int64_t mask_head_stride;
-    float* lse_state;  // (slots, heads)
-    int64_t lse_state_stride;
 
     void* out;  // (rows, heads, head_dim)
     int64_t out_row_stride;

@@ -1,42 +1,17 @@
 // SPDX-License-Identifier: MIT
-// Which blocks a key head visits: estimates of their mass from the summaries, as `lite_attention/reference.py`, `estimate`,
-// by matrix products over 16 blocks and 8 query heads. Which channel stands where in a product is free as long as both sides
-// agree, so a thread loads 8 channels at a time and none has to be moved.
+// What blocks weigh, estimated from their summaries as `lite_attention/reference.py`, `estimate`, or exactly: matrix products over
+// 16 blocks or keys and 8 query heads. Which channel stands where in a product is free as long as both sides agree, so a thread
+// loads 8 channels at a time and none has to be moved.
 #pragma once
 
-#include "config.h"
+#include "mma.h"
 
 namespace lite_attention::sm90 {
-
-// d += a * b for 16 x 16 and 16 x 8 matrices.
-CUTLASS_DEVICE void mma(float (&d)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1, __half) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-CUTLASS_DEVICE void mma(float (&d)[4], uint32_t const (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-CUTLASS_DEVICE uint32_t bits(__half2 pair) { return reinterpret_cast<uint32_t const&>(pair); }
-CUTLASS_DEVICE __half2 halves(uint32_t pair) { return reinterpret_cast<__half2 const&>(pair); }
 
 // Four bytes as halves of 1024 + byte, two of them in each result: 1024 + n is 0x6400 + n.
 CUTLASS_DEVICE void widen(uint32_t bytes, __half2& low, __half2& high) {
     low = halves(__byte_perm(bytes, 0x64646464u, 0x4140));
     high = halves(__byte_perm(bytes, 0x64646464u, 0x4342));
-}
-
-// Asks for memory that will be read soon.
-CUTLASS_DEVICE void prefetch(uint8_t const* from, int bytes) {
-    constexpr int kLine = 128;
-    for (int offset = 0; offset < bytes; offset += kLine) {
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(from + min(offset, bytes - 1)));
-    }
 }
 
 // Eight query heads as the second operands of the products: q, and q squared, of a thread's eight channels of every 32. Each
@@ -116,10 +91,10 @@ struct Summaries {
         }
     }
 
-    // Bit i of the result: some head expects more of block i than its limit. It is every lane's.
-    //
-    //   limit  threshold + LSE of the step before, in log2 units, of heads 2 * (lane % 4) and the one after; +inf: no such head
-    CUTLASS_DEVICE uint32_t score(ScoringQuery<Config> const& query, float scale_log2, float2 limit) const {
+    // For each of this thread's two blocks and two heads: log2 of the block's mass if all scores were their mean, and the variance
+    // of the scores, in squared log2 units.
+    CUTLASS_DEVICE void moments(
+        ScoringQuery<Config> const& query, float scale_log2, float (&mean_mass)[4], float (&variance)[4]) const {
         int const lane = threadIdx.x % kWarp;
         float of_mean[4] = {};
         float of_deviation[4] = {};
@@ -156,25 +131,56 @@ struct Summaries {
         constexpr float kLogBlock = 4.0f;
         float2 const linear{
             query.largest[lane % 4 * 2] * scale_log2, query.largest[lane % 4 * 2 + 1] * scale_log2};
-        float2 const square{0.5f * kLn2 * linear.x * linear.x, 0.5f * kLn2 * linear.y * linear.y};
-        uint32_t passing = 0;
         CUTLASS_PRAGMA_UNROLL
-        for (int half = 0; half < 2; ++half) {
-            float const step = scales[half].x;
-            float const variance = scales[half].y * scales[half].y;
-            float2 const estimate{
-                kLogBlock + linear.x * step * of_mean[2 * half] + square.x * variance * of_deviation[2 * half],
-                kLogBlock + linear.y * step * of_mean[2 * half + 1] + square.y * variance * of_deviation[2 * half + 1]};
-            // Lanes 4 i to 4 i + 3 speak for block i: their bits become one.
-            uint32_t votes = __ballot_sync(~0u, estimate.x > limit.x || estimate.y > limit.y);
-            votes = (votes | votes >> 1 | votes >> 2 | votes >> 3) & 0x11111111u;
-            votes = (votes | votes >> 3) & 0x03030303u;
-            votes = (votes | votes >> 6) & 0x000f000fu;
-            votes = (votes | votes >> 12) & 0xffu;
-            passing |= votes << (half * 8);
+        for (int i = 0; i < 4; ++i) {
+            float const head_scale = i % 2 == 0 ? linear.x : linear.y;
+            float const deviation_scale = head_scale * scales[i / 2].y;
+            mean_mass[i] = kLogBlock + head_scale * scales[i / 2].x * of_mean[i];
+            variance[i] = deviation_scale * deviation_scale * of_deviation[i];
         }
-        return passing;
     }
 };
+
+// How much the spread of a block's scores adds to the log2 of its mass. `variance`: of the scores, in squared log2 units.
+CUTLASS_DEVICE float spread(float variance, float bend) {
+    return (sqrtf(1.0f + variance * (1.0f / (kLog2E * kLog2E * bend))) - 1.0f) * (bend * kLog2E);
+}
+
+// Log2 of the exact mass of a block for this thread's two heads.
+//
+//   keys   the block's first, contiguous channels; only the first `count` exist, at least one
+//   query  the first of eight heads, in shared memory
+template <class Config>
+CUTLASS_DEVICE float2 exact_mass(
+    typename Config::Element const* keys, int64_t token_stride, int count, typename Config::Element const* query, int head_dim,
+    float scale_log2) {
+    int const lane = threadIdx.x % kWarp;
+    int const key = lane / 4;
+    float scores[4] = {};
+    CUTLASS_PRAGMA_UNROLL
+    for (int part = 0; part < Config::kHeadDim / 32; ++part) {
+        int const channel = part * 32 + lane % 4 * 8;
+        auto load = [&](int k) {
+            bool const exists = k < count && channel < head_dim;
+            return exists ? *reinterpret_cast<uint4 const*>(keys + k * token_stride + channel) : uint4{};
+        };
+        uint4 const low = load(key);
+        uint4 const high = load(key + 8);
+        uint4 const q = *reinterpret_cast<uint4 const*>(query + key * Config::kQueryRow + channel);
+        uint32_t const first[4] = {low.x, high.x, low.y, high.y};
+        uint32_t const second[4] = {low.z, high.z, low.w, high.w};
+        mma(scores, first, q.x, q.y, typename Config::Element{});
+        mma(scores, second, q.z, q.w, typename Config::Element{});
+    }
+    float mass[2];
+    CUTLASS_PRAGMA_UNROLL
+    for (int h = 0; h < 2; ++h) {
+        float const low = key < count ? scores[h] * scale_log2 : -INFINITY;
+        float const high = key + 8 < count ? scores[h + 2] * scale_log2 : -INFINITY;
+        float const largest = join_rows(fmaxf(low, high), fmaxf);
+        mass[h] = largest + log2f(join_rows(exp2f(low - largest) + exp2f(high - largest), add));
+    }
+    return {mass[0], mass[1]};
+}
 
 }  // namespace lite_attention::sm90

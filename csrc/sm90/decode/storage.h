@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// The shared-memory plan of the decode kernel.
+// The shared-memory plan of the kernel that attends.
 #pragma once
 
-#include "score.h"
+#include "work.h"
 
 namespace lite_attention::sm90 {
 
@@ -12,9 +12,9 @@ struct SharedStorage {
     alignas(1024) Element key[Config::kStages * Config::kStageElements];
     alignas(1024) Element value[Config::kStages * Config::kStageElements];
     Ring<Config::kStages> stages;
-    Unit<Config> unit[Config::kScorers];
-    Ring<Config::kScorers> units;
-    ScoringQuery<Config> scoring[Config::kScorers][Config::kHeadTiles];
+    Unit<Config> unit[Config::kPlanners];
+    Ring<Config::kPlanners> units;
+    float limits[Config::kPlanners][Config::kHeads];
     uint32_t turn;  // which unit may be taken next
     int backlog;    // blocks that are listed, or soon will be, and not fetched yet
 

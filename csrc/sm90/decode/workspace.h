@@ -13,6 +13,7 @@ struct WorkspaceLayout {
     int segments;  // of a row
     // Offsets in bytes; what is zero between calls comes first.
     int64_t visited;
+    int64_t expected;
     int64_t masses;
     int64_t lse;
     int64_t out;
@@ -26,7 +27,8 @@ struct WorkspaceLayout {
         if (segments == 0) { segments = 1; }
         auto aligned = [](int64_t count) { return (count * 4 + 255) / 256 * 256; };
         visited = aligned(1);
-        masses = visited + aligned(rows * kv_heads * words);
+        expected = visited + aligned(rows * kv_heads * words);
+        masses = expected + aligned(rows * heads * segments);
         lse = masses + aligned(rows * heads * words * kWordBlocks);
         out = lse + aligned(rows * heads * segments);
         bytes = out + aligned(rows * heads * segments * head_dim);

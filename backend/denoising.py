@@ -1,0 +1,54 @@
+"""What adapters to denoising engines have in common: state by branch, steps, masks, prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from lite_attention import LiteAttention
+from lite_attention.ranges import Range
+
+MAX_GAP = 4
+"""Steps that a layer may miss (caching libraries skip layers) before what it learned is too old."""
+
+TextAt = Literal["none", "start", "end"]
+"""Where the tokens of the prompt stand among those of the picture or video."""
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def state_at(
+    states: dict[Key, tuple[LiteAttention, int]], key: Key, step: int, make: Callable[[], LiteAttention]
+) -> LiteAttention:
+    """The state of a key for a step, made if need be and without what is too old; it is noted as used then."""
+    attention, last = states.get(key) or (make(), step)
+    if step - last > MAX_GAP:
+        attention.reset_skip_state()
+    states[key] = attention, step
+    return attention
+
+
+def text_ranges(at: TextAt, text: int, tokens: int, keys: int) -> list[Range]:
+    """Which of so many tokens are the prompt's `text` tokens and always visited; only the first `keys` are keys."""
+    text = min(text, tokens) if at != "none" else 0
+    start = tokens - text if at == "end" else 0
+    return [(start, min(start + text, keys))] if text and start < keys else []
+
+
+def valid_keys(mask: Tensor) -> int | None:
+    """How many keys, the first ones, a mask (..., keys) lets every query see; None if it is no such mask.
+
+    Waits for the mask's device.
+    """
+    if mask.dtype != torch.bool:
+        return None
+    keys = mask.shape[-1]
+    rows = mask.reshape(-1, keys)
+    first = rows[0]
+    valid = int(first.sum())
+    if bool(first[:valid].all()) and bool((rows == first).all()):
+        return valid
+    return None

@@ -1,0 +1,1 @@
+"""LITE_ATTN for the diffusion models of vLLM-Omni: name, attention class, state of each request."""

@@ -1,0 +1,296 @@
+"""The requests that a runner executes together: their options, their skip states, and what they skipped.
+
+State belongs to a request, a guidance branch and a layer, and ends with the execution, also with one that fails or is
+aborted. The branch is known from the embedding of the prompt that the transformer is called with, the step from the
+forward context of the pipelines that set it, else by counting the branch's calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from vllm.logger import init_logger
+from vllm_omni.diffusion.forward_context import get_forward_context, is_forward_context_available
+
+from lite_attention import LiteAttention, ops
+from lite_attention.backend.denoising import state_at, text_ranges, valid_keys
+from lite_attention.backend.omni.models import Family, conditioning, family_of
+from lite_attention.ranges import Range
+from lite_attention.serving.params import DenoiseOptions
+from lite_attention.tiles import BLOCK_K, TILE_Q, ceil_div
+
+if TYPE_CHECKING:
+    from lite_attention.backend.omni.attention import LiteAttentionImpl
+
+logger = init_logger("vllm.lite_attn")
+
+MAX_BRANCHES = 8
+"""More embeddings of prompts than this in one execution, and they are no sign of the branch: new ones at each step."""
+
+_local = threading.local()
+
+
+@dataclass
+class Request:
+    """One request of an execution.
+
+    Attributes:
+        rows: how many rows of a batch are its own.
+        states: by branch and layer, with the step at which each was last used.
+        visited, total: (query tile, key block) pairs, over all layers, branches and steps.
+    """
+
+    request_id: str
+    options: DenoiseOptions
+    rows: int
+    states: dict[tuple[int, int], tuple[LiteAttention, int]] = field(default_factory=dict)
+    visited: Tensor | float = 0.0
+    total: int = 0
+
+    def make(self) -> LiteAttention:
+        """A layer's state."""
+        return LiteAttention(self.options.threshold, refresh_interval=self.options.refresh_interval)
+
+    def count(self, query: Tensor, keys: int, share: Tensor | float | None) -> None:
+        """Note which share of the pairs of an attention was skipped; a tensor stays on its device."""
+        rows, tokens, heads, _ = query.shape
+        pairs = rows * heads * ceil_div(tokens, TILE_Q) * ceil_div(keys, BLOCK_K)
+        self.total += pairs
+        self.visited = self.visited + (1.0 - (0.0 if share is None else share)) * pairs
+
+
+@dataclass
+class _Call:
+    """A call of a transformer: which step of which branch it computes, and where its text tokens stand."""
+
+    branch: int
+    step: int
+    family: Family
+    arguments: Mapping[str, Any]
+    transformer: nn.Module
+    keys: dict[int, tuple[Tensor, int | None]] = field(default_factory=dict)
+
+    def valid_keys(self, place: int, mask: Tensor) -> int | None:
+        """See `denoising.valid_keys`. All layers of a call get the same mask: the device is waited for once."""
+        known = self.keys.get(place)
+        if known is None or known[0].data_ptr() != mask.data_ptr() or known[0].shape != mask.shape:
+            known = self.keys[place] = mask, valid_keys(mask)
+        return known[1]
+
+    def text_ranges(self, tokens: int, keys: int) -> list[Range]:
+        """Keys of the prompt."""
+        if self.family.text == "end":
+            text = tokens - self.family.picture_tokens(self.transformer, self.arguments)
+        else:
+            text = self.arguments["encoder_hidden_states"].shape[1]
+        return text_ranges(self.family.text, text, tokens, keys)
+
+
+class Execution:
+    """The requests that one call of a runner executes.
+
+    Args:
+        pipeline: of the runner.
+        requests: in the order of their rows in a batch.
+    """
+
+    def __init__(self, pipeline: Any, requests: list[Request]) -> None:
+        self.pipeline = pipeline
+        self.requests = requests
+        self.skips = any(request.options.skips for request in requests)
+        self._call: _Call | None = None
+        self._conditionings: list[Tensor] = []  # kept, so that no other tensor gets their addresses
+        self._calls: defaultdict[int, int] = defaultdict(int)
+
+    def begin_call(self, transformer: nn.Module, family: Family, arguments: Mapping[str, Any]) -> None:
+        """A transformer is called."""
+        branch = self._branch(conditioning(arguments))
+        if branch is None:
+            return
+        step = _context("denoise_step_idx")
+        self._call = _Call(branch, self._calls[branch] if step is None else step, family, arguments, transformer)
+        self._calls[branch] += 1
+
+    def end_call(self) -> None:
+        """The transformer's call is over."""
+        self._call = None
+
+    def attend(
+        self, layer: LiteAttentionImpl, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Attention of one layer, tensors (batch, tokens, heads, head_dim); `mask` as the stock backend takes it."""
+        if not self.skips:
+            return layer.dense(query, key, value, mask)
+        call = self._call
+        reason = _no_skipping(query, key, value)
+        if call is None:
+            reason = "the guidance branch of a call of the transformer is not known"
+        elif call.family.text != "none" and _sequence_parallel():
+            reason = "under sequence parallelism it is not known where the prompt's tokens stand"
+        rows = [request.rows for request in self.requests]
+        if len(rows) == 1:
+            rows = [query.shape[0]]
+        elif sum(rows) != query.shape[0]:
+            reason = "the rows of a batch are not those of its requests"
+        if call is None or reason is not None:
+            say_once(reason)
+            return layer.dense(query, key, value, mask)
+        parts = []
+        start = 0
+        for place, (request, count) in enumerate(zip(self.requests, rows, strict=True)):
+            # Each request by itself: what it skips cannot depend on what it is batched with.
+            row = slice(start, start + count)
+            part = None if mask is None else mask[row] if mask.shape[0] == query.shape[0] else mask
+            parts.append(self._attend(place, request, call, layer, query[row], key[row], value[row], part))
+            start += count
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend(
+        self,
+        place: int,
+        request: Request,
+        call: _Call,
+        layer: LiteAttentionImpl,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """One request's rows."""
+        options = request.options
+        if not options.skips:
+            return layer.dense(query, key, value, mask)
+        keys = key.shape[1] if mask is None else call.valid_keys(place, mask)
+        total = self._total_steps() if options.cooldown_steps else None
+        reason = None
+        if not keys:
+            reason = "an attention mask hides other keys than the last ones"
+        elif options.cooldown_steps and total is None:
+            reason = "the pipeline does not say how many steps it takes, which cooldown_steps needs"
+        cooldown = total is not None and call.step >= total - options.cooldown_steps
+        if reason is not None or not keys or call.step < options.warmup_steps or cooldown:
+            say_once(reason)
+            request.count(query, key.shape[1], 0.0)
+            return layer.dense(query, key, value, mask)
+        attention = state_at(request.states, (call.branch, layer.number), call.step, request.make)
+        ranges = call.text_ranges(key.shape[1], keys)
+        out: Tensor = attention(query, key[:, :keys], value[:, :keys], layer.scale, must_visit=ranges)
+        request.count(query, keys, attention.sparsity_tensor)
+        return out
+
+    def _branch(self, tensor: Tensor | None) -> int | None:
+        """The number of the branch that is computed with this embedding; None if that cannot be said."""
+        if tensor is None:
+            return None
+        for number, known in enumerate(self._conditionings):
+            same = (known.data_ptr(), known.shape, known.stride()) == (tensor.data_ptr(), tensor.shape, tensor.stride())
+            if known is tensor or same:
+                return number
+        if len(self._conditionings) == MAX_BRANCHES:
+            return None
+        self._conditionings.append(tensor)
+        return len(self._conditionings) - 1
+
+    def _total_steps(self) -> int | None:
+        total = _context("total_denoise_steps")
+        if total is not None:
+            return int(total)
+        timesteps = getattr(getattr(self.pipeline, "scheduler", None), "timesteps", None)
+        return len(timesteps) if timesteps is not None else None
+
+
+def current() -> Execution | None:
+    """The execution of this thread."""
+    return getattr(_local, "execution", None)
+
+
+@contextmanager
+def executing(pipeline: Any, requests: list[Request]) -> Iterator[None]:
+    """Requests are executed by this thread; their states end with them, however they end."""
+    _attach(pipeline)
+    before, _local.execution = current(), Execution(pipeline, requests)
+    try:
+        yield
+    finally:
+        _local.execution = before
+        for request in requests:
+            request.states.clear()
+
+
+@functools.cache
+def say_once(reason: str | None) -> None:
+    """Say, the first time, why attention is dense where skipping was asked for."""
+    if reason is not None:
+        logger.warning("LITE_ATTN cannot act: %s. Attention is dense there.", reason)
+
+
+def _no_skipping(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    try:
+        ops.check_inputs(query, key, value)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return ops.unsupported("forward", query)
+
+
+def _context(name: str) -> Any:
+    return getattr(get_forward_context(), name, None) if is_forward_context_available() else None
+
+
+def _sequence_parallel() -> bool:
+    config = _context("omni_diffusion_config")
+    return config is not None and (config.parallel_config.sequence_parallel_size or 1) > 1
+
+
+_ATTACHED = "_lite_attn_attached"
+
+
+def _attach(pipeline: Any) -> None:
+    """Hook the transformers of a pipeline, and tell their long attentions that they may skip. Idempotent."""
+    from lite_attention.backend.omni.attention import LiteAttentionImpl
+
+    if getattr(pipeline, _ATTACHED, False):
+        return
+    layers = 0
+    for module in pipeline.modules():
+        family = family_of(module)
+        if family is None:
+            continue
+        _hook(module, family)
+        for name, attention in module.named_modules():
+            layer = getattr(attention, "attention", None)
+            if isinstance(layer, LiteAttentionImpl) and family.layers.fullmatch(name):
+                layer.is_long = True
+                layers += layer.reason is None
+    setattr(pipeline, _ATTACHED, True)
+    if layers:
+        logger.info("LITE_ATTN acts on %d attention layers of %s", layers, type(pipeline).__name__)
+    else:
+        say_once(f"{type(pipeline).__name__} has no transformer that it knows")
+
+
+def _hook(transformer: nn.Module, family: Family) -> None:
+    signature = inspect.signature(transformer.forward)
+
+    @torch.compiler.disable
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        execution = current()
+        if execution is not None:
+            execution.begin_call(module, family, signature.bind_partial(*args, **kwargs).arguments)
+
+    @torch.compiler.disable
+    def end(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        execution = current()
+        if execution is not None:
+            execution.end_call()
+
+    transformer.register_forward_pre_hook(begin, with_kwargs=True)
+    transformer.register_forward_hook(end, always_call=True)

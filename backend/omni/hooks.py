@@ -1,0 +1,143 @@
+"""The places where vLLM-Omni is wrapped, all of them, from the moment when the first layer asks for LITE_ATTN.
+
+| wrapped | what for |
+|---|---|
+| `DiffusionModelRunner.execute_model`, `.execute_model_batch` | which requests are executed, HTTP 400 for bad options |
+| `DiffusionEngine.postprocess_output` | outputs say their sparsity |
+
+A wrapped attribute that is missing fails at start-up. Nothing that a client sends raises in a worker: a bad option is
+answered by an output that carries the error.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lite_attention.backend.omni.execution import Request, executing
+from lite_attention.backend.vllm.plugin import metrics_directory
+from lite_attention.backend.wrapping import wrap
+from lite_attention.serving import metrics
+from lite_attention.serving.params import DenoiseOptions, DenoiseServerOptions, LiteParamError, parse_denoise_request
+
+TESTED_VERSIONS = ("0.30",)
+"""Minor releases of vLLM-Omni that this adapter was run on."""
+
+_DUMMY = DenoiseOptions(threshold=0.0, enable=False, refresh_interval=0, warmup_steps=0, cooldown_steps=0)
+
+_server = DenoiseServerOptions()
+_counters: metrics.StepCounters | None = None
+
+
+def install(config: Any) -> None:
+    """Wrap this process's runner and engine, and read the server's options. Idempotent.
+
+    Args:
+        config: vLLM-Omni's configuration of a diffusion stage; None where there is none.
+
+    Raises:
+        ValueError: an option of the server cannot be used.
+        RuntimeError: this vLLM-Omni lacks what is to be wrapped.
+    """
+    global _server, _counters
+    _server = DenoiseServerOptions.from_additional_config(getattr(config, "additional_config", None))
+    if _counters is not None:
+        return
+    from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
+    from vllm_omni.diffusion.worker.diffusion_model_runner import DiffusionModelRunner
+    from vllm_omni.version import __version__ as version
+
+    engine, tested = f"vLLM-Omni {version}", ", ".join(TESTED_VERSIONS)
+    wrap(DiffusionModelRunner, "execute_model", _execute_model, engine, tested)
+    wrap(DiffusionModelRunner, "execute_model_batch", _execute_model_batch, engine, tested)
+    wrap(DiffusionEngine, "postprocess_output", _postprocess_output, engine, tested)
+    directory = metrics_directory()
+    slots = int(getattr(config, "max_num_seqs", None) or 1)
+    _counters = metrics.StepCounters.create(directory / f"omni-{os.getpid()}", slots=slots)
+    metrics.register(directory)
+
+
+def _parse(request: Any) -> Request:
+    params = request.sampling_params
+    dummy = request.is_dummy_run_request_id(request.request_id)
+    options = _DUMMY if dummy else parse_denoise_request(params.extra_args, _server)
+    return Request(request.request_id, options, params.num_outputs_per_prompt or 1)
+
+
+def _refusal(error: LiteParamError) -> Any:
+    from vllm_omni.diffusion.data import DiffusionOutput
+    from vllm_omni.errors import OmniClientError
+
+    return DiffusionOutput.from_exception(OmniClientError(str(error)))
+
+
+@contextmanager
+def _running(pipeline: Any, requests: list[Request]) -> Iterator[None]:
+    """`executing`, counted."""
+    assert _counters is not None
+    _counters.set_active_slots(sum(request.options.skips for request in requests))
+    try:
+        with executing(pipeline, requests):
+            yield
+    finally:
+        _counters.set_active_slots(0)
+
+
+def _execute_model(original: Callable[..., Any], self: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        request = _parse(req)
+    except LiteParamError as error:
+        return _refusal(error)
+    with _running(self.pipeline, [request]):
+        output = original(self, req, *args, **kwargs)
+    _finish(request, output)
+    return output
+
+
+def _execute_model_batch(
+    original: Callable[..., Any], self: Any, scheduler_output: Any, *args: Any, **kwargs: Any
+) -> Any:
+    from vllm_omni.diffusion.worker.utils import BatchRunnerOutput, RunnerOutput
+
+    scheduled = scheduler_output.scheduled_new_reqs
+    requests: list[Request] = []
+    outputs: dict[str, Any] = {}
+    for new in scheduled:
+        try:
+            requests.append(_parse(new.req))
+        except LiteParamError as error:
+            refusal = _refusal(error)
+            outputs[new.request_id] = RunnerOutput(
+                request_id=new.request_id, step_index=None, finished=True, result=refusal
+            )
+    if requests:
+        good = copy.copy(scheduler_output)
+        good.scheduled_new_reqs = [new for new in scheduled if new.request_id not in outputs]
+        with _running(self.pipeline, requests):
+            done = original(self, good, *args, **kwargs).runner_outputs
+            outputs |= {output.request_id: output for output in done}
+        for request in requests:
+            _finish(request, outputs[request.request_id].result)
+    return BatchRunnerOutput.from_list([outputs[new.request_id] for new in scheduled])
+
+
+def _finish(request: Request, output: Any) -> None:
+    """Count what a request skipped, and note it in its output."""
+    visited = round(float(request.visited))
+    assert _counters is not None
+    if request.total:
+        _counters.add_rows(request.options.threshold, request.rows, visited, request.total)
+    sparsity = 1 - visited / request.total if request.total else None
+    output.lite_attn = {"sparsity": sparsity, "blocks_visited": visited, "blocks_total": request.total}
+
+
+def _postprocess_output(original: Callable[..., Any], self: Any, request: Any, output: Any) -> Any:
+    results = original(self, request, output)
+    skipped = getattr(output, "lite_attn", None)
+    if skipped is not None:
+        for result in results:
+            result.custom_output["lite_attn"] = skipped
+    return results

@@ -1,0 +1,169 @@
+"""LITE_ATTN in vLLM-Omni's engine: what it computes, for whom, and what it leaves behind."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from lite_attention.state import SkipState
+from tests.omni.conftest import Engine, latents
+from tests.omni.tiny import STEPS
+
+ROUNDING = 1e-4
+"""How far rows of a batch may be from what they are alone, in latents of about 1, float32."""
+
+OFF = {"enable": False}
+STRONG = {"threshold": -1.0}
+WEAK = {"threshold": -3.0}
+
+
+def states() -> int:
+    gc.collect()
+    return sum(isinstance(thing, SkipState) for thing in gc.get_objects())
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one expert", "two experts"])
+def experts(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture(scope="module")
+def stock(engine: Callable[..., Any], experts: int) -> dict[float, torch.Tensor]:
+    """Stock videos by guidance scale."""
+    with engine(experts, "TORCH_SDPA") as running:
+        return {scale: latents(*running.run({"guidance_scale": scale})) for scale in (1.0, 3.0)}
+
+
+@pytest.fixture(scope="module")
+def running(engine: Callable[..., Any], experts: int, stock: Any) -> Iterator[Engine]:
+    with engine(experts, max_num_seqs=2, request_batch_max_wait_ms=300) as started:
+        yield started
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0], ids=["no guidance", "guidance"])
+@pytest.mark.parametrize("off", [OFF, {"threshold": -math.inf}, {"warmup_steps": STEPS}, {"cooldown_steps": STEPS}])
+def test_off_is_stock_bit_for_bit(running: Engine, stock: Any, scale: float, off: dict[str, Any]) -> None:
+    (output,) = running.run({"guidance_scale": scale, "lite_attn": off})
+    assert torch.equal(latents(output), stock[scale])
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0], ids=["no guidance", "guidance"])
+def test_skipping_changes_little_and_says_how_much(running: Engine, stock: Any, scale: float) -> None:
+    found = []
+    for options in (STRONG, WEAK, {"threshold": -100.0}):
+        (output,) = running.run({"guidance_scale": scale, "lite_attn": options})
+        found.append((output.custom_output["lite_attn"]["sparsity"], latents(output)))
+    (strong, far), (weak, near), (none, same) = found
+    assert strong > weak >= none == 0
+    assert strong > 0.05
+    torch.testing.assert_close(same, stock[scale], rtol=0, atol=ROUNDING)
+    assert (far - stock[scale]).abs().max() > (near - stock[scale]).abs().max()
+    # (branches) x (steps) x (layers) x (heads x tiles x blocks)
+    total = (2 if scale > 1 else 1) * STEPS * 2 * (2 * 3 * 6)
+    assert output.custom_output["lite_attn"]["blocks_total"] == total
+
+
+def test_requests_one_after_another_do_not_touch_each_other(running: Engine) -> None:
+    alone = [latents(*running.run({"lite_attn": options})) for options in (STRONG, WEAK)]
+    for _ in range(2):
+        for options, want in zip((STRONG, WEAK), alone, strict=True):
+            assert torch.equal(latents(*running.run({"lite_attn": options})), want)
+    assert not torch.equal(*alone)
+
+
+def test_rows_of_a_batch_keep_their_options(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_omni.diffusion.worker.diffusion_model_runner import DiffusionModelRunner
+
+    sizes = []
+    inner = DiffusionModelRunner._execute_request_list
+
+    def counted(self: Any, reqs: list[Any], **kwargs: Any) -> Any:
+        sizes.append(len(reqs))
+        return inner(self, reqs, **kwargs)
+
+    monkeypatch.setattr(DiffusionModelRunner, "_execute_request_list", counted)
+    for pair in ((STRONG, WEAK), (OFF, STRONG), (WEAK, {"threshold": -1.0, "warmup_steps": 2, "refresh_interval": 2})):
+        jobs = [{"seed": seed, "lite_attn": options} for seed, options in enumerate(pair)]
+        alone = [running.run(job)[0] for job in jobs]
+        sizes.clear()
+        together = running.run(*jobs)
+        assert sizes == [2]
+        for got, want in zip(together, alone, strict=True):
+            torch.testing.assert_close(latents(got), latents(want), rtol=0, atol=ROUNDING)
+            assert got.custom_output["lite_attn"] == want.custom_output["lite_attn"]
+
+
+def test_a_bad_option_is_a_client_error_and_harms_nobody(running: Engine) -> None:
+    want = latents(*running.run({"lite_attn": STRONG}))
+    bad: list[tuple[Any, str]] = [
+        ({"threshold": "hot"}, "lite_attn.threshold"),
+        ({"warmup_steps": -1}, "lite_attn.warmup_steps"),
+        ({"cooldown_steps": 1.5}, "lite_attn.cooldown_steps"),
+        ({"banana": 1}, "lite_attn.banana"),
+        ("on", "lite_attn: expected a table"),
+    ]
+    for options, named in bad:
+        good, refused = running.run({"lite_attn": STRONG}, {"lite_attn": options})
+        assert getattr(refused, "status_code", None) == 400, refused
+        assert named in str(refused)
+        torch.testing.assert_close(latents(good), want, rtol=0, atol=ROUNDING)
+
+
+def test_nothing_is_left_after_a_request_an_abort_or_a_failure(
+    running: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = latents(*running.run({"lite_attn": STRONG}))
+    assert states() == 0
+    (aborted,) = running.run({"lite_attn": STRONG, "num_inference_steps": 30}, abort=0)
+    assert aborted is None or isinstance(aborted, BaseException) or not aborted.images
+    assert torch.equal(latents(*running.run({"lite_attn": STRONG})), want)
+    assert states() == 0
+
+    from vllm_omni.diffusion.models.wan2_2.pipeline_wan2_2 import Wan22Pipeline
+
+    seen = []
+
+    def fails(self: Any, step: int, *args: Any, **kwargs: Any) -> None:
+        if step == 3:
+            seen.append(states())
+            raise RuntimeError("a failure in the middle")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Wan22Pipeline, "record_denoise_step", fails)
+        (failed,) = running.run({"lite_attn": STRONG})
+    assert "a failure in the middle" in str(failed)
+    assert seen[0] > 0 and states() == 0
+    assert torch.equal(latents(*running.run({"lite_attn": STRONG})), want)
+
+
+def test_experts_and_branches_have_states_of_their_own(running: Engine, experts: int) -> None:
+    from lite_attention.backend.omni import execution
+
+    made = []
+    make = execution.Request.make
+
+    def counted(self: Any) -> Any:
+        made.append(self.request_id)
+        return make(self)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(execution.Request, "make", counted)
+        running.run({"lite_attn": STRONG})
+    assert len(made) == 2 * 2 * experts  # layers, branches, experts
+
+
+def test_ring_parallelism_is_refused(running: Engine) -> None:
+    from types import SimpleNamespace
+
+    from lite_attention.backend.omni import attention
+
+    config = SimpleNamespace(parallel_config=SimpleNamespace(ring_degree=2))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(attention, "get_current_diffusion_config_or_none", lambda: config)
+        with pytest.raises(ValueError, match="does not support ring parallelism"):
+            attention.LiteAttentionImpl(2, 24, 0.2)
