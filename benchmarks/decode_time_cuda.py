@@ -3,10 +3,7 @@
 Both in one process, on the same cache in vLLM's layout (keys and values of a token side by side), each in a CUDA
 graph as engines run it, medians of `triton.testing.do_bench`. Which blocks are read is forced through the mask, with
 summaries from which no estimate passes the threshold, so that every share can be had; reading and scoring the
-summaries of all blocks is part of the time.
-
-The law of the forced lists: a sequence's head reads a share drawn log-normally around the mean (sigma 0.5), in runs of
-one block or more (geometric, two on average) at uniformly random places; its first and its newest two blocks always.
+summaries of all blocks is part of the time. The law of the forced lists is in benchmarks/forced_lists.py.
 
     python -m benchmarks.decode_time_cuda [--out FOLDER]
 """
@@ -20,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from triton.testing import do_bench
 
+from benchmarks.forced_lists import forced_bits
 from benchmarks.results import DIRECTORY, write_result
 from lite_attention import decode_cuda, ops
 from lite_attention.ranges import pack_bits
-from lite_attention.tiles import DECODE_BLOCK, ceil_div
+from lite_attention.tiles import DECODE_BLOCK
 
 SEQUENCES = ((1, 131072), (16, 32768), (64, 8192), (64, 32768))
 SHARES = (0.25, 0.10, 0.0)
@@ -43,20 +40,6 @@ def read_bandwidth() -> float:
     """Bytes a second at which PyTorch reads memory to reduce it."""
     tensor = torch.ones(1 << 30, dtype=torch.float32, device=DEVICE)
     return tensor.nbytes / (1e-3 * do_bench(lambda: torch.amax(tensor), return_mode="median"))
-
-
-def forced_bits(blocks: int, share: float) -> Tensor:
-    """Which blocks a head reads, (blocks,) bool."""
-    bits = torch.zeros(blocks, dtype=torch.bool)
-    wanted = round(blocks * min(1.0, share * math.exp(0.5 * float(torch.randn(())) - 0.125)))
-    while (missing := wanted - int(bits.sum())) > 0:
-        starts = torch.randint(blocks, (ceil_div(missing, 2),))
-        lengths = torch.empty(len(starts)).geometric_(0.5)
-        for more in range(int(lengths.max())):
-            bits[(starts[lengths > more] + more).clamp(max=blocks - 1)] = True
-    bits[0] = True
-    bits[-2:] = True
-    return bits
 
 
 class Case:

@@ -19,10 +19,10 @@ from vllm.v1.attention.backends.cpu_attn import (
 from lite_attention.backend.vllm import hooks, steps, support
 from lite_attention.backend.vllm.state import LayerState
 from lite_attention.native import cpu as kernels
-from lite_attention.tiles import DECODE_BLOCK, ceil_div
+from lite_attention.tiles import ceil_div
 
 support.warn_of_untested_version("cpu")
-hooks.install_worker_hooks(follow_steps=True)
+hooks.install_worker_hooks()
 
 READABLE_LAYOUTS = ("vec", "vec16")
 """Cache layouts of vLLM's CPU kernels that the decode operator reads: keys channel by channel within a page."""
@@ -51,48 +51,37 @@ class LiteMetadataBuilder(CPUAttentionMetadataBuilder):
             self.isa = "vec"
             self._set_isa_to_layers(layer_names)
         support.warn_of_compiled_model(vllm_config)
-        self.reason = self._reason(layer_names)
-        support.report(vllm_config, layer_names, self.reason, self._state_bytes(layer_names), kernels.status())
+        impls = support.impls_of(vllm_config, layer_names, LiteAttentionImpl)
+        self.reason = self._layout_reason() or support.group_reason(impls, len(layer_names), self.block_size)
+        self.kv_heads = sum(impl.num_kv_heads for impl in impls)
+        state_bytes = sum(impl.state.memory_bytes() for impl in impls if impl.state)
+        support.report(vllm_config, layer_names, self.reason, state_bytes, kernels.status())
 
-    def _impls(self, layer_names: list[str]) -> list[LiteAttentionImpl]:
-        context = self.vllm_config.compilation_config.static_forward_context
-        impls = (context[name].impl for name in layer_names if name in context)
-        return [impl for impl in impls if isinstance(impl, LiteAttentionImpl)]
-
-    def _reason(self, layer_names: list[str]) -> str | None:
-        impls = self._impls(layer_names)
-        if type(self) is not LiteMetadataBuilder or len(impls) < len(layer_names):
+    def _layout_reason(self) -> str | None:
+        if type(self) is not LiteMetadataBuilder:
             return "attn_type"
-        if self.isa not in READABLE_LAYOUTS:
-            return "platform"
-        if self.block_size % DECODE_BLOCK:
-            return "block_size"
-        return next((impl.reason for impl in impls if impl.reason), None)
-
-    def _state_bytes(self, layer_names: list[str]) -> int:
-        return sum(impl.state.memory_bytes() for impl in self._impls(layer_names) if impl.state)
+        return None if self.isa in READABLE_LAYOUTS else "platform"
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any) -> Any:
         common = common_attn_metadata
         metadata = super().build(common_prefix_len, common, fast_build, **kwargs)
         metadata.lite = None
         tracker = steps.tracker()
-        if tracker is None or fast_build:
+        # Builders derived from this one may hand over rows that are no requests, as chunked attention does.
+        if tracker is None or fast_build or type(self) is not LiteMetadataBuilder:
             return metadata
         query_start = common.query_start_loc_cpu.tolist()
-        seq_lens = common.seq_lens[: common.num_reqs].tolist()
-        plan = tracker.plan(query_start, seq_lens)
+        plan = tracker.plan(query_start, self.kv_heads, self.reason)
         if plan is None:
             return metadata
-        if self.reason is not None:
-            tracker.fell_back(self.reason, sum(len(wave.tokens) for wave in plan.waves))
-            return metadata
-        pages = ceil_div(max(seq_lens), self.block_size)
-        tables = [common.block_table_tensor[wave.rows, :pages] for wave in plan.waves]
+        tables = [common.block_table_tensor[wave.rows, : self._pages(wave)] for wave in plan.waves]
         metadata.lite = LiteStep(plan, tables)
-        if 0 < len(plan.stock_rows) < len(seq_lens):
+        if 0 < len(plan.stock_rows) < common.num_reqs:
             metadata.lite.stock = self._stock_part(common, query_start, plan.stock_rows)
         return metadata
+
+    def _pages(self, wave: steps.Wave) -> int:
+        return ceil_div(int(wave.seq_lens.max()), self.block_size)
 
     def _stock_part(self, common: Any, query_start: list[int], rows: list[int]) -> tuple[Any, Tensor]:
         """Metadata of a batch that holds only `rows`, and their tokens."""
@@ -140,8 +129,8 @@ class LiteAttentionImpl(CPUAttentionBackendImpl):
         self.state: LayerState | None = None
         self._cache: tuple[Any, Tensor, Tensor] | None = None
         if self.reason is None:
-            max_tokens = config.model_config.max_model_len
-            self.state = LayerState(support.pool_slots(config), self.num_kv_heads, max_tokens)
+            room = support.sequence_room(config)
+            self.state = LayerState(support.pool_slots(config), self.num_kv_heads, room)
 
     def _split(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (pages, page_size, kv_heads, head_dim) as views of the cache."""
@@ -187,7 +176,8 @@ class LiteAttentionImpl(CPUAttentionBackendImpl):
         keys, values = self._split(kv_cache)
         summaries = self.state.summaries_of(keys)
         by_head = output.view(-1, self.num_heads, self.head_size)
-        for wave, table in zip(step.plan.waves, step.tables, strict=True):
+        counts = step.plan.visited_by_wave("cpu")
+        for wave, table, count in zip(step.plan.waves, step.tables, counts, strict=True):
             out, _, visited = torch.ops.lite_attention.decode(
                 query[wave.indices],
                 keys,
@@ -202,5 +192,5 @@ class LiteAttentionImpl(CPUAttentionBackendImpl):
                 self.scale,
             )
             by_head[wave.indices] = out
-            wave.count(visited, self.num_kv_heads)
+            count += visited
         return output

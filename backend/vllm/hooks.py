@@ -6,8 +6,12 @@
 | front end | `InputProcessor.__init__` | read and check the server's options at start-up |
 | front end | `SamplingParams.from_optional`, `.verify` | HTTP 400 for bad request parameters, streaming or not |
 | front end | `LLM._run_engine` | offline outputs say their sparsity |
-| engine core, on CPUs | `Scheduler.__init__` | keys computed under skipping are not shared as prefixes |
-| worker, on CPUs | `GPUModelRunner.execute_model`, `._dummy_run` | which requests a step serves |
+| engine core | `Scheduler.__init__` | keys computed under skipping are not shared as prefixes |
+| worker | `GPUModelRunner.execute_model`, `._dummy_run`, of both model runners | which requests a step serves |
+| worker | `GPUModelRunner.prepare_attn` of the V2 model runner | the order of a batch's rows |
+| worker, on GPUs | `GPUModelRunner.initialize_kv_cache`, of both model runners | summaries beside the KV cache |
+| worker, on GPUs | `Worker.determine_available_memory` | the summaries' part of the KV cache's memory |
+| worker, on GPUs | `Worker.wake_up` | what has to be zero for the decode kernel is again after a sleep |
 | worker | `WorkerBase.lite_attn_take_stats` (new) | sparsity of each request, asked for by the front end |
 
 A wrapped attribute that is missing fails at start-up.
@@ -44,7 +48,7 @@ def install_process_hooks(member: Enum) -> None:
 
     if current_platform.is_cpu():
         _route_cpu_platform(type(current_platform), member)
-        _wrap(Scheduler, "__init__", _keep_skipping_out_of_the_prefix_cache)
+    _wrap(Scheduler, "__init__", _keep_skipping_out_of_the_prefix_cache)
     _wrap(InputProcessor, "__init__", _read_server_options)
     _wrap(SamplingParams, "from_optional", _check_built_parameters)
     _wrap(SamplingParams, "verify", _verify_parameters)
@@ -53,15 +57,29 @@ def install_process_hooks(member: Enum) -> None:
         _wrap(offline.LLM, "_run_engine", _attach_sparsity)
 
 
-def install_worker_hooks(follow_steps: bool) -> None:
-    """Hooks of a process that runs the model; steps are followed where something can skip."""
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+def install_worker_hooks() -> None:
+    """Hooks of a process that runs the model."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as ModelRunnerV2
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as ModelRunnerV1
     from vllm.v1.worker.worker_base import WorkerBase
 
-    if follow_steps:
-        _wrap(GPUModelRunner, "execute_model", _execute_model)
-        _wrap(GPUModelRunner, "_dummy_run", _dummy_run)
+    for runner in (ModelRunnerV1, ModelRunnerV2):
+        _wrap(runner, "execute_model", _execute_model)
+        _wrap(runner, "_dummy_run", _dummy_run)
+    _wrap(ModelRunnerV2, "prepare_attn", _prepare_attn)
     WorkerBase.lite_attn_take_stats = _take_stats
+
+
+def install_memory_hooks() -> None:
+    """Hooks of a process whose device has no memory to spare."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as ModelRunnerV2
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as ModelRunnerV1
+    from vllm.v1.worker.gpu_worker import Worker
+
+    for runner in (ModelRunnerV1, ModelRunnerV2):
+        _wrap(runner, "initialize_kv_cache", _allocate_summaries)
+    _wrap(Worker, "determine_available_memory", _leave_memory_for_summaries)
+    _wrap(Worker, "wake_up", _wake_up)
 
 
 def _route_cpu_platform(platform: Any, member: Enum) -> None:
@@ -121,14 +139,20 @@ def _keep_skipping_out_of_the_prefix_cache(
     # Keys and values of generated tokens depend on what was skipped before them: shared as a prefix they would
     # carry one request's options into another. The prompt's do not, and stay shared.
     original(self, vllm_config, *args, **kwargs)
+    if support.config_reason(vllm_config) is not None:
+        return
     server = ServerOptions.from_additional_config(vllm_config.additional_config)
     coordinator = self.kv_cache_manager.coordinator
     cache_blocks = coordinator.cache_blocks
 
     def cache_dense_blocks(request: Any, num_computed_tokens: int) -> None:
         params = request.sampling_params
-        if params is not None and parse_request_lenient(params.extra_args, server).skips:
-            num_computed_tokens = min(num_computed_tokens, request.num_prompt_tokens)
+        dense_tokens = getattr(request, "lite_attn_dense_tokens", None)
+        if dense_tokens is None and params is not None and parse_request_lenient(params.extra_args, server).skips:
+            # Kept: where input streams in, what was generated counts as prompt later.
+            dense_tokens = request.lite_attn_dense_tokens = request.num_prompt_tokens
+        if dense_tokens is not None:
+            num_computed_tokens = min(num_computed_tokens, dense_tokens)
         cache_blocks(request, num_computed_tokens)
 
     coordinator.cache_blocks = cache_dense_blocks
@@ -168,15 +192,58 @@ def _tracker_of(runner: Any) -> steps.StepTracker:
 
 
 def _execute_model(original: Callable[..., Any], self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-    for source, destination in getattr(scheduler_output, "kv_cache_block_copies", None) or ():
-        state.copy_page(source, destination)
-    with _tracker_of(self).step(scheduler_output, lambda: self.input_batch.req_ids):
+    if kwargs.get("dummy_run"):  # of the V2 model runner
         return original(self, scheduler_output, *args, **kwargs)
+    copies = getattr(scheduler_output, "kv_cache_block_copies", None)
+    if copies:
+        states = [layer.impl.state for layer in state.skipping_layers(self.vllm_config).values()]
+        state.copy_blocks(states, copies, self.kv_cache_config.num_blocks)
+    with _tracker_of(self).step(scheduler_output, lambda: _input_batch(self).req_ids):
+        return original(self, scheduler_output, *args, **kwargs)
+
+
+def _input_batch(runner: Any) -> Any:
+    """The batch of the step in progress: V1 keeps one for good, V2 hands a new one to `prepare_attn`."""
+    batch = getattr(runner, "lite_attn_input_batch", None)
+    return runner.input_batch if batch is None else batch
+
+
+def _prepare_attn(original: Callable[..., Any], self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+    self.lite_attn_input_batch = input_batch
+    return original(self, input_batch, *args, **kwargs)
 
 
 def _dummy_run(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     with _tracker_of(self).suspended():
         return original(self, *args, **kwargs)
+
+
+def _allocate_summaries(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    # Before anything is captured: an allocation inside a graph would be done again by each replay.
+    original(self, *args, **kwargs)
+    for layer in state.skipping_layers(self.vllm_config).values():
+        layer.impl.allocate_summaries(layer.kv_cache)
+
+
+def _leave_memory_for_summaries(original: Callable[..., int], self: Any) -> int:
+    available = original(self)
+    share = support.summaries_share(self.vllm_config, self.get_kv_cache_spec())
+    cache = int(available / (1 + share))
+    if cache < available:
+        support.logger.info_once(
+            "LITE_ATTN keeps %.2f of the %.2f GiB for the KV cache for its summaries.",
+            (available - cache) / 2**30,
+            available / 2**30,
+        )
+    return cache
+
+
+def _wake_up(original: Callable[..., None], self: Any, tags: list[str] | None = None) -> None:
+    original(self, tags)
+    if tags is None or "weights" in tags:
+        # Our memory counts as weights, and a sleep of level 2 does not keep those.
+        for layer in state.skipping_layers(self.vllm_config).values():
+            layer.impl.launches.restart()
 
 
 def _take_stats(worker: Any) -> dict[str, tuple[int, int]]:

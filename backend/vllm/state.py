@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+from weakref import WeakValueDictionary
+
 import torch
 from torch import Tensor
 
 from lite_attention import ops
+from lite_attention.backend.vllm.device import upload
 from lite_attention.tiles import DECODE_BLOCK, ceil_div, mask_words
 
-_layers: list[LayerState] = []
+_summaries: WeakValueDictionary[tuple[int, tuple[int, ...]], Tensor] = WeakValueDictionary()
 
 
 class LayerState:
@@ -28,13 +33,19 @@ class LayerState:
         words = mask_words(ceil_div(max_tokens, DECODE_BLOCK))
         self.mask = torch.zeros(slots, kv_heads, words, dtype=torch.int32, device=device)
         self.summaries: Tensor | None = None
-        _layers.append(self)
 
     def summaries_of(self, key_cache: Tensor) -> Tensor:
-        """Summaries of a cache (pages, page_size, kv_heads, head_dim), allocated when it is first seen."""
+        """Summaries of a cache (pages, page_size, kv_heads, head_dim), allocated when it is first seen.
+
+        Layers whose keys lie in the same memory, each in pages of its own, share them.
+        """
         shape = ops.summaries_shape(key_cache)
         if self.summaries is None or tuple(self.summaries.shape) != shape:
-            self.summaries = torch.zeros(shape, dtype=torch.uint8, device=key_cache.device)
+            known = _summaries.get((key_cache.data_ptr(), shape))
+            if known is None:
+                known = torch.zeros(shape, dtype=torch.uint8, device=key_cache.device)
+                _summaries[key_cache.data_ptr(), shape] = known
+            self.summaries = known
         return self.summaries
 
     def memory_bytes(self) -> int:
@@ -42,8 +53,22 @@ class LayerState:
         return self.mask.nbytes
 
 
-def copy_page(source: int, destination: int) -> None:
-    """The engine copied a page of the cache: the summaries go along, in every layer."""
-    for layer in _layers:
-        if layer.summaries is not None:
-            layer.summaries[destination] = layer.summaries[source]
+def skipping_layers(vllm_config: Any) -> dict[str, Any]:
+    """The attention layers of an engine, by name, that have a skip state."""
+    layers = vllm_config.compilation_config.static_forward_context
+    return {name: layer for name, layer in layers.items() if isinstance(_state_of(layer), LayerState)}
+
+
+def _state_of(layer: Any) -> Any:
+    return getattr(getattr(layer, "impl", None), "state", None)
+
+
+@torch.inference_mode()
+def copy_blocks(states: Iterable[LayerState], copies: Sequence[tuple[int, int]], blocks: int) -> None:
+    """The engine copied blocks (source, destination) of its cache of so many: their summaries go along."""
+    pairs = torch.tensor(copies)
+    for summaries in {id(state.summaries): state.summaries for state in states}.values():
+        if summaries is not None:
+            source, destination = upload(pairs, summaries.device).unbind(1)
+            by_block = summaries.view(blocks, -1)
+            by_block[destination] = by_block[source]

@@ -1,16 +1,18 @@
 """What a worker does in one engine step: which tokens the decode operator computes, and what it read.
 
 The runner's hooks open a step with what the scheduler decided; the first metadata builder of the step makes the
-plan; attention layers carry it out and add up the blocks that they visited; closing the step counts them.
+plan; attention layers carry it out and add up the blocks that they visited. A device may do so long after the step
+was closed: they are counted when a later step finds that they have arrived.
 """
 
 from __future__ import annotations
 
 import os
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lite_attention.backend.requests import DecodeToken, RequestTable
+from lite_attention.backend.vllm.device import Readback
 from lite_attention.backend.vllm.plugin import METRICS_DIRECTORY_VARIABLE
 from lite_attention.serving.metrics import StepCounters
 from lite_attention.serving.params import DENSE, ServerOptions, parse_request_lenient
@@ -32,6 +35,11 @@ class Wave:
 
     A sequence that decodes has one token in the first wave. One that was preempted computes its generated tokens
     again, one a wave, so that each sees the state that it saw the first time.
+
+    Attributes:
+        rows: (tokens,) int64, the batch's row of each token.
+        indices: (tokens,) int64, place of each token in the batch.
+        seq_lens, slots, thresholds, visit_all: see `lite_attention.reference.decode`.
     """
 
     def __init__(self, tokens: Sequence[DecodeToken], rows: Sequence[int], indices: Sequence[int]) -> None:
@@ -42,13 +50,6 @@ class Wave:
         self.slots = torch.tensor([token.slot for token in tokens], dtype=torch.int32)
         self.thresholds = torch.tensor([token.threshold for token in tokens], dtype=torch.float32)
         self.visit_all = torch.tensor([token.visit_all for token in tokens])
-        self.visited = torch.zeros(len(tokens), dtype=torch.int64)
-        self.kv_heads_run = 0
-
-    def count(self, visited: Tensor, kv_heads: int) -> None:
-        """Add what one layer visited of each token's context."""
-        self.visited += visited
-        self.kv_heads_run += kv_heads
 
 
 @dataclass
@@ -59,16 +60,43 @@ class StepPlan:
         waves: calls of the decode operator, in order.
         stock_rows: rows of the batch that stock attention computes; a row may also have tokens in waves, which
             then replace what stock attention gave.
+        visited: (places,) int32, to which the layers add the blocks that they visit; None until one takes part.
+        places: the place of each token, wave by wave.
+        kv_heads: KV heads of the layers that take part.
     """
 
     waves: list[Wave]
     stock_rows: list[int]
+    visited: Tensor | None = None
+    places: Sequence[int] = ()
+    kv_heads: int = 0
+
+    @property
+    def tokens(self) -> list[DecodeToken]:
+        return [token for wave in self.waves for token in wave.tokens]
+
+    def visited_by_wave(self, device: torch.device | str) -> tuple[Tensor, ...]:
+        """For each wave the places of its tokens, on a device."""
+        sizes = [len(wave.tokens) for wave in self.waves]
+        if self.visited is None:
+            self.visited = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+            self.places = range(sum(sizes))
+        return self.visited.split(sizes)
 
 
 @dataclass
 class _Step:
+    first_positions: dict[str, int]
     request_ids: Callable[[], Sequence[str]]
     plan: StepPlan | None = None
+
+
+@dataclass(frozen=True)
+class _Visits:
+    """What the layers visited in a step, on its way."""
+
+    plan: StepPlan
+    visited: Readback
 
 
 @dataclass
@@ -95,6 +123,7 @@ class StepTracker:
     table: RequestTable = field(init=False)
     stats: OrderedDict[str, RequestStats] = field(default_factory=OrderedDict)
     _step: _Step | None = None
+    _visits: deque[_Visits] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         self.table = RequestTable(self.slots)
@@ -106,13 +135,15 @@ class StepTracker:
         The order is final only when the first metadata builder runs.
         """
         self._follow_scheduler(scheduled)
-        self._step = _Step(request_ids)
+        self._step = step = _Step(first_positions(scheduled), request_ids)
         try:
             yield
-            if self._step.plan is not None:
-                self._count(self._step.plan)
         finally:
             self._step = None
+        if step.plan is not None and step.plan.visited is not None:
+            self._visits.append(_Visits(step.plan, Readback(step.plan.visited)))
+        while self._visits and self._visits[0].visited.arrived():
+            self._count(self._visits.popleft())
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -123,16 +154,34 @@ class StepTracker:
         finally:
             self._step = step
 
-    def plan(self, query_start: Sequence[int], seq_lens: Sequence[int]) -> StepPlan | None:
-        """The plan of the step in progress, made at its first call; None when there is nothing to skip."""
-        if self._step is None:
+    def plan(self, query_start: Sequence[int], kv_heads: int, reason: str | None) -> StepPlan | None:
+        """The plan of the step in progress, for layers that have not asked in this step yet.
+
+        Args:
+            query_start: first token of each row of the batch, and the number of tokens.
+            kv_heads: of all these layers.
+            reason: why stock attention computes these layers, if it does.
+
+        Returns:
+            None when stock attention computes every token of these layers.
+        """
+        step = self._step
+        if step is None:
             return None
-        if self._step.plan is None:
-            self._step.plan = self._make_plan(self._step.request_ids(), query_start, seq_lens)
-        return self._step.plan if self._step.plan.waves else None
+        if step.plan is None:
+            step.plan = self._make_plan(step, query_start)
+        if not step.plan.waves:
+            return None
+        if reason is not None:
+            self.fell_back(reason, len(step.plan.tokens))
+            return None
+        step.plan.kv_heads += kv_heads
+        return step.plan
 
     def take_stats(self) -> dict[str, tuple[int, int]]:
-        """Blocks visited and total by request since the last call."""
+        """Blocks visited and total by request since the last call; waits for the device."""
+        while self._visits:
+            self._count(self._visits.popleft())
         taken = {request_id: (stats.visited, stats.total) for request_id, stats in self.stats.items()}
         self.stats.clear()
         return taken
@@ -163,37 +212,47 @@ class StepTracker:
             self.fell_back("bad_options", 1)
         self.table.start(new.req_id, options, len(new.prompt_token_ids))
 
-    def _make_plan(self, request_ids: Sequence[str], query_start: Sequence[int], seq_lens: Sequence[int]) -> StepPlan:
+    def _make_plan(self, step: _Step, query_start: Sequence[int]) -> StepPlan:
+        request_ids = step.request_ids()
         batch = frozenset(request_ids)
         waves: defaultdict[int, tuple[list[DecodeToken], list[int], list[int]]]
         waves = defaultdict(lambda: ([], [], []))
         stock_rows = []
-        for row, end in enumerate(seq_lens):
-            request_id = request_ids[row] if row < len(request_ids) else None
-            start = end - (query_start[row + 1] - query_start[row])
-            skips_from = self.table.skips_from(request_id) if request_id is not None else None
-            first = end if skips_from is None else max(start, skips_from)
-            if first > start or start == end:
+        for row, (request_id, (begin, end)) in enumerate(zip(request_ids, pairwise(query_start), strict=False)):
+            start = step.first_positions.get(request_id)
+            skips_from = self.table.skips_from(request_id)
+            if start is None or skips_from is None:
                 stock_rows.append(row)
-            for position in range(first, end):
-                assert request_id is not None
+                continue
+            first = max(start, skips_from)
+            if first > start:
+                stock_rows.append(row)
+            for position in range(first, start + end - begin):
                 tokens, rows, indices = waves[position - first]
                 tokens.append(self.table.decode_token(request_id, position, batch))
                 rows.append(row)
-                indices.append(query_start[row] + position - start)
+                indices.append(begin + position - start)
         return StepPlan([Wave(*waves[number]) for number in sorted(waves)], stock_rows)
 
-    def _count(self, plan: StepPlan) -> None:
-        for wave in plan.waves:
-            for token, visited in zip(wave.tokens, wave.visited.tolist(), strict=True):
-                total = wave.kv_heads_run * ceil_div(token.position + 1, DECODE_BLOCK)
-                if self.counters is not None:
-                    self.counters.add_rows(token.threshold, 1, visited, total)
-                stats = self.stats.setdefault(token.request_id, RequestStats())
-                stats.visited += visited
-                stats.total += total
+    def _count(self, visits: _Visits) -> None:
+        plan, visited_at = visits.plan, visits.visited.values()
+        for token, place in zip(plan.tokens, plan.places, strict=True):
+            visited, total = visited_at[place], plan.kv_heads * ceil_div(token.position + 1, DECODE_BLOCK)
+            if self.counters is not None:
+                self.counters.add_rows(token.threshold, 1, visited, total)
+            stats = self.stats.setdefault(token.request_id, RequestStats())
+            stats.visited += visited
+            stats.total += total
         while len(self.stats) > MAX_KEPT_REQUESTS:
             self.stats.popitem(last=False)
+
+
+def first_positions(scheduled: Any) -> dict[str, int]:
+    """The first position that each request of a step computes, as its scheduler says: the device is not asked."""
+    cached = scheduled.scheduled_cached_reqs
+    positions = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    positions.update((new.req_id, new.num_computed_tokens) for new in scheduled.scheduled_new_reqs)
+    return positions
 
 
 _tracker: StepTracker | None = None

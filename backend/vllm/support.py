@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
+from lite_attention.backend.vllm.state import skipping_layers
 from lite_attention.tiles import DECODE_BLOCK
 
 logger = init_logger("vllm.lite_attn")
@@ -25,13 +27,16 @@ REASONS = {
     "head_size": "the head size is not a multiple of 16 up to 256",
     "dtype": "the dtype is not float32, bfloat16 or float16",
     "speculative": "speculative decoding computes several tokens a step",
-    "block_size": "the cache's block size is not a multiple of 16",
-    "platform": "there are no kernels for this device or its cache layout",
+    "block_size": "the cache's block size is not a multiple of 16 up to 4096",
+    "platform": "there are no kernels for this device, its cache layout or so many heads a KV head",
     "runner": "this model runner is not supported",
     "kv_transfer": "a KV connector writes the cache behind our back",
-    "parallelism": "context parallelism and dual-batch overlap are not supported",
+    "parallelism": "context parallelism and batches in parts (dual-batch overlap) are not supported",
 }
 """Why a layer stays with the stock attention; the keys label the metric of fallbacks."""
+
+LARGEST_PAGE = 4096
+"""Tokens. State is allocated before vLLM has decided how large the cache's blocks are."""
 
 
 def warn_of_untested_version(platform: str) -> None:
@@ -57,6 +62,11 @@ def pool_slots(vllm_config: Any) -> int:
     return int(vllm_config.scheduler_config.max_num_seqs) + 1
 
 
+def sequence_room(vllm_config: Any) -> int:
+    """Tokens that a sequence's pages have room for, whatever their size."""
+    return int(vllm_config.model_config.max_model_len) + LARGEST_PAGE
+
+
 def config_reason(vllm_config: Any) -> str | None:
     """Why no layer of an engine with this configuration can skip; None if layers can."""
     parallel = vllm_config.parallel_config
@@ -65,10 +75,16 @@ def config_reason(vllm_config: Any) -> str | None:
     if vllm_config.kv_transfer_config is not None:
         return "kv_transfer"
     contexts = ("decode_context_parallel_size", "prefill_context_parallel_size")
-    if any(getattr(parallel, name, 1) > 1 for name in contexts) or getattr(parallel, "enable_dbo", False):
+    several_batches = getattr(parallel, "enable_dbo", False) or getattr(parallel, "ubatch_size", 0) > 1
+    if any(getattr(parallel, name, 1) > 1 for name in contexts) or several_batches:
         return "parallelism"
-    if getattr(vllm_config, "use_v2_model_runner", False):
+    if current_platform.is_cpu() and getattr(vllm_config, "use_v2_model_runner", False):
         return "runner"
+    model = vllm_config.model_config
+    if getattr(model, "rswa_window", None) is not None:
+        return "sliding_window"
+    if getattr(model, "is_diffusion", False):
+        return "attn_type"
     return None
 
 
@@ -95,15 +111,43 @@ def layer_reason(impl: Any, is_decoder: bool, dtype: torch.dtype, quantized: boo
     return None
 
 
+def impls_of(vllm_config: Any, layer_names: list[str], kind: type) -> list[Any]:
+    """vLLM's attention implementations of layers, as far as they are of our kind."""
+    layers = vllm_config.compilation_config.static_forward_context
+    impls = (layers[name].impl for name in layer_names if name in layers)
+    return [impl for impl in impls if isinstance(impl, kind)]
+
+
+def group_reason(impls: list[Any], layers: int, block_size: int) -> str | None:
+    """Why a group of layers that share their metadata cannot skip; None if it can."""
+    if len(impls) < layers:
+        return "attn_type"
+    if block_size % DECODE_BLOCK or block_size > LARGEST_PAGE:
+        return "block_size"
+    return next((impl.reason for impl in impls if impl.reason), None)
+
+
+def summaries_share(vllm_config: Any, specs: dict[str, Any]) -> float:
+    """Bytes of summaries for each byte of the KV cache; `specs` are vLLM's KV cache specs by layer name."""
+
+    def share(spec: Any) -> float:
+        blocks = spec.num_kv_heads * spec.block_size / DECODE_BLOCK
+        return blocks * (2 * spec.head_size + 8) / spec.page_size_bytes
+
+    # Layers that share memory, each with pages of its own, share the summaries: the largest share is that of all.
+    return max((share(specs[name]) for name in skipping_layers(vllm_config) if name in specs), default=0.0)
+
+
 def report(
     vllm_config: Any, layer_names: list[str], reason: str | None, state_bytes: int, kernels: tuple[bool, str]
 ) -> None:
     """Say at start-up what LITE_ATTN does with a group of layers."""
     layers = f"{len(layer_names)} layers, {layer_names[0]} to {layer_names[-1]}"
-    if reason is not None:
-        logger.warning_once("LITE_ATTN cannot act on %s: %s. They run stock attention.", layers, REASONS[reason])
-        return
     available, detail = kernels
+    if reason is not None:
+        why = f"{REASONS[reason]} (kernels {detail})" if reason == "platform" else REASONS[reason]
+        logger.warning_once("LITE_ATTN cannot act on %s: %s. They run stock attention.", layers, why)
+        return
     implementation = f"compiled kernels ({detail})" if available else f"the slow reference: kernels {detail}"
     head_bytes = 2 * vllm_config.model_config.get_head_size()
     block_bytes = head_bytes * DECODE_BLOCK * vllm_config.model_config.dtype.itemsize

@@ -65,7 +65,7 @@ def test_wherever_outputs_are_asked_for_sparsity_workers_answer() -> None:
     run("""
 from vllm.v1.worker.worker_base import WorkerBase
 from lite_attention.backend.vllm import hooks
-hooks.install_worker_hooks(follow_steps=False)
+hooks.install_worker_hooks()
 assert WorkerBase.lite_attn_take_stats(None) == {}
 """)
 

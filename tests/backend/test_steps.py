@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lite_attention.backend.vllm import steps
 from lite_attention.backend.vllm.steps import StepPlan, StepTracker
 from lite_attention.serving.params import ServerOptions
 
 
-def new(name: str, prompt_tokens: int, **options: Any) -> SimpleNamespace:
+def new(name: str, prompt_tokens: int, computed: int = 0, **options: Any) -> SimpleNamespace:
     extra_args = {f"lite_attn_{key}": value for key, value in options.items()} or None
-    params = SimpleNamespace(extra_args=extra_args)
-    return SimpleNamespace(req_id=name, sampling_params=params, prompt_token_ids=[0] * prompt_tokens)
+    return SimpleNamespace(
+        req_id=name,
+        sampling_params=SimpleNamespace(extra_args=extra_args),
+        prompt_token_ids=[0] * prompt_tokens,
+        num_computed_tokens=computed,
+    )
 
 
 def scheduled(
-    *started: SimpleNamespace, finished: tuple[str, ...] = (), preempted: tuple[str, ...] = ()
+    *started: SimpleNamespace,
+    cached: dict[str, int] | None = None,
+    finished: tuple[str, ...] = (),
+    preempted: tuple[str, ...] = (),
+    resumed: tuple[str, ...] = (),
 ) -> SimpleNamespace:
+    """A SchedulerOutput; `cached` are requests that it has sent before, and how many of their tokens are computed."""
+    cached = cached or {}
     return SimpleNamespace(
         finished_req_ids=set(finished),
         preempted_req_ids=set(preempted),
         scheduled_new_reqs=list(started),
-        scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set()),
+        scheduled_cached_reqs=SimpleNamespace(
+            req_ids=list(cached), num_computed_tokens=list(cached.values()), resumed_req_ids=set(resumed)
+        ),
     )
 
 
@@ -33,12 +49,9 @@ def tracker(**server: Any) -> StepTracker:
     return StepTracker(ServerOptions(**server), slots=5, counters=None)
 
 
-def plan(tracker: StepTracker, spans: list[tuple[int, int]]) -> StepPlan | None:
-    """The plan for rows that compute positions [start, end)."""
-    starts = [0]
-    for start, end in spans:
-        starts.append(starts[-1] + end - start)
-    return tracker.plan(starts, [end for _, end in spans])
+def plan(tracker: StepTracker, tokens: list[int], reason: str | None = None) -> StepPlan | None:
+    """The plan for rows of so many tokens, and layers with two KV heads."""
+    return tracker.plan([0, *itertools.accumulate(tokens)], 2, reason)
 
 
 def test_prefill_decode_and_recomputed_rows_share_a_batch() -> None:
@@ -46,13 +59,13 @@ def test_prefill_decode_and_recomputed_rows_share_a_batch() -> None:
     rows = ["prefill", "decode", "dense", "resumed", "crossing"]
     starts = [
         new("prefill", 20),
-        new("decode", 4),
-        new("dense", 4, enable=False),
-        new("resumed", 3),
-        new("crossing", 6),
+        new("decode", 4, computed=4),
+        new("dense", 4, computed=4, enable=False),
+        new("resumed", 3, computed=3),
+        new("crossing", 6, computed=4),
     ]
     with worker.step(scheduled(*starts), lambda: rows):
-        made = plan(worker, [(0, 10), (4, 5), (4, 5), (3, 6), (4, 8)])
+        made = plan(worker, [10, 1, 1, 3, 4])
         assert made is not None
         assert made.stock_rows == [0, 2, 4]
         first, second, third = made.waves
@@ -61,6 +74,7 @@ def test_prefill_decode_and_recomputed_rows_share_a_batch() -> None:
             ("resumed", 3),
             ("crossing", 6),
         ]
+        assert first.rows.tolist() == [1, 3, 4]
         assert first.indices.tolist() == [10, 12, 17]
         assert first.seq_lens.tolist() == [5, 4, 7]
         assert first.visit_all.tolist() == [True, True, True]
@@ -69,52 +83,137 @@ def test_prefill_decode_and_recomputed_rows_share_a_batch() -> None:
         assert third.indices.tolist() == [14]
 
 
+def test_positions_are_the_schedulers() -> None:
+    worker = tracker()
+    with worker.step(scheduled(new("a", 7), new("b", 2)), lambda: ["a", "b"]):
+        assert plan(worker, [4, 2]) is None
+    for computed in ({"a": 4, "b": 2}, {"b": 3, "a": 7}):  # the order of a batch is not the scheduler's
+        with worker.step(scheduled(cached=computed), lambda: ["a", "b"]):
+            made = plan(worker, [7 - 4 if computed["a"] == 4 else 1, 1])
+            assert made is not None
+            positions = {token.request_id: token.position for token in made.tokens}
+            assert positions == {name: at for name, at in computed.items() if at >= {"a": 7, "b": 2}[name]}
+
+
+def test_single_tokens_of_prompts_are_no_decode_tokens() -> None:
+    worker = tracker()
+    starts = [new("one", 1), new("tail", 9, computed=8), new("decode", 3, computed=3)]
+    with worker.step(scheduled(*starts), lambda: ["one", "tail", "decode"]):
+        made = plan(worker, [1, 1, 1])
+        assert made is not None
+        assert made.stock_rows == [0, 1]
+        assert made.waves[0].rows.tolist() == [2]
+
+
+def test_padded_rows_and_requests_that_nobody_announced_are_left_alone() -> None:
+    worker = tracker()
+    with worker.step(scheduled(new("a", 2, computed=2)), lambda: ["a", "nobody"]):
+        made = plan(worker, [1, 1, 0, 0])
+        assert made is not None
+        assert made.waves[0].rows.tolist() == [0]
+        assert made.stock_rows == [1]
+
+
 def test_a_step_without_skipping_rows_has_no_plan() -> None:
     worker = tracker(enable=False)
-    with worker.step(scheduled(new("a", 2)), lambda: ["a"]):
-        assert plan(worker, [(2, 3)]) is None
-    assert plan(worker, [(3, 4)]) is None
+    with worker.step(scheduled(new("a", 2, computed=2)), lambda: ["a"]):
+        assert plan(worker, [1]) is None
+    assert plan(worker, [1]) is None
 
 
 def test_runs_that_serve_no_request_touch_nothing() -> None:
     worker = tracker()
-    with worker.step(scheduled(new("a", 2)), lambda: ["a"]), worker.suspended():
-        assert plan(worker, [(2, 3)]) is None
+    with worker.step(scheduled(new("a", 2, computed=2)), lambda: ["a"]), worker.suspended():
+        assert plan(worker, [1]) is None
     assert worker.table.active_slots == 0
 
 
 def test_the_plan_is_made_once_a_step() -> None:
     worker = tracker()
-    with worker.step(scheduled(new("a", 2)), lambda: ["a"]):
-        assert plan(worker, [(2, 3)]) is plan(worker, [(2, 3)])
-    with worker.step(scheduled(), lambda: ["a"]):
-        again = plan(worker, [(3, 4)])
+    with worker.step(scheduled(new("a", 2, computed=2)), lambda: ["a"]):
+        assert plan(worker, [1]) is plan(worker, [1])
+    with worker.step(scheduled(cached={"a": 3}), lambda: ["a"]):
+        again = plan(worker, [1])
         assert again is not None and again.waves[0].visit_all.tolist() == [False]
 
 
 def test_options_that_slipped_past_the_front_end_make_a_request_dense() -> None:
     worker = tracker()
-    with worker.step(scheduled(new("a", 2, threshold="hot"), new("b", 2, nonsense=[[]])), lambda: ["a", "b"]):
-        assert plan(worker, [(2, 3), (2, 3)]) is None
+    starts = [new("a", 2, computed=2, threshold="hot"), new("b", 2, computed=2, nonsense=[[]])]
+    with worker.step(scheduled(*starts), lambda: ["a", "b"]):
+        assert plan(worker, [1, 1]) is None
+
+
+def visit(worker: StepTracker, starts: list[SimpleNamespace], visited: list[int]) -> None:
+    """A step in which two groups of layers take part, and visit so many blocks of each row's token."""
+    with worker.step(scheduled(*starts), lambda: [start.req_id for start in starts]):
+        for _ in range(2):
+            made = plan(worker, [1] * len(starts))
+            assert made is not None
+        (count,) = made.visited_by_wave("cpu")
+        count += torch.tensor(visited)
 
 
 def test_what_was_visited_is_counted_by_request_until_asked_for() -> None:
     worker = tracker()
-    with worker.step(scheduled(new("a", 32), new("b", 2)), lambda: ["a", "b"]):
-        made = plan(worker, [(32, 33), (2, 3)])
-        assert made is not None
-        for _ in range(2):  # layers
-            made.waves[0].count(torch.tensor([4, 2]), kv_heads=2)
+    visit(worker, [new("a", 32, computed=32), new("b", 2, computed=2)], [8, 4])
     assert worker.take_stats() == {"a": (8, 2 * 2 * 3), "b": (4, 2 * 2 * 1)}
     assert worker.take_stats() == {}
+
+
+def test_layers_that_fall_back_count_nothing() -> None:
+    worker = tracker()
+    fallen: list[tuple[str, int]] = []
+    worker.fell_back = lambda reason, rows: fallen.append((reason, rows))  # type: ignore[method-assign]
+    with worker.step(scheduled(new("a", 2, computed=2)), lambda: ["a"]):
+        assert plan(worker, [1], "softcap") is None
+    assert worker.take_stats() == {}
+    assert fallen == [("softcap", 1)]
+
+
+class Slow:
+    """A `Readback` from a device that is behind."""
+
+    done = 0
+    started = 0
+    waited_for = 0
+
+    def __init__(self, visited: torch.Tensor) -> None:
+        self.number = Slow.started
+        Slow.started += 1
+        self.copied = visited.clone()
+
+    def arrived(self) -> bool:
+        return self.number < Slow.done
+
+    def values(self) -> list[int]:
+        Slow.waited_for += not self.arrived()
+        return self.copied.tolist()
+
+
+@given(st.lists(st.integers(0, 3), max_size=12))
+def test_steps_are_counted_once_when_the_device_is_done(progress: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "Readback", Slow)
+        Slow.done = Slow.started = Slow.waited_for = 0
+        worker = tracker()
+        for number, more in enumerate(progress):
+            Slow.done = min(Slow.done + more, number + 1)  # also what is launched now may be done at once
+            visit(worker, [new("a", 2, computed=2)], [1])
+            counted = worker.stats["a"].visited if worker.stats else 0
+            assert counted == Slow.done
+            assert Slow.waited_for == 0
+        steps_taken = len(progress)
+        assert worker.take_stats() == ({"a": (steps_taken, 4 * steps_taken)} if progress else {})
+        assert Slow.waited_for == steps_taken - Slow.done
 
 
 def test_the_memory_of_ended_requests_is_bounded(monkeypatch: Any) -> None:
     monkeypatch.setattr(steps, "MAX_KEPT_REQUESTS", 3)
     worker = tracker()
     for number in range(10):
-        name = f"request-{number}"
-        with worker.step(scheduled(new(name, 1), finished=(f"request-{number - 1}",)), lambda name=name: [name]):
-            plan(worker, [(1, 2)])
+        visit(worker, [new(f"request-{number}", 1, computed=1)], [1])
+        with worker.step(scheduled(finished=(f"request-{number}",)), list):
+            pass
     assert list(worker.stats) == ["request-7", "request-8", "request-9"]
-    assert worker.table.active_slots == 1
+    assert worker.table.active_slots == 0

@@ -1,0 +1,174 @@
+"""How long a decode step of vLLM takes with LITE_ATTN: against stock attention, disabled, reading part of the cache.
+
+A model of the shape of Llama-3-8B with random weights decodes batches of long prompts. So that a share means the same
+in every run, which blocks are read is forced: bits are drawn at random (benchmarks/forced_lists.py), no estimate passes
+and no bit is cleared. Each backend has an engine in a process of its own; the runs of LITE_ATTN share one, and find
+their prompts in its prefix cache.
+
+    python -m benchmarks.engine_time
+    python -m benchmarks.engine_time --layers 2 --batches 2x512 --steps 5    # whether it works, also on a CPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.forced_lists import forced_bits
+from benchmarks.results import DIRECTORY, write_result
+from lite_attention.ranges import pack_bits
+from lite_attention.tiles import DECODE_BLOCK
+
+STOCK = "FLASH_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
+LLAMA_3_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+NEVER = -1000.0
+"""A threshold that no block's share is below."""
+WARMUP_STEPS = 5
+
+
+class Engine:
+    """An offline engine in this process, whose steps are taken one by one."""
+
+    def __init__(self, backend: str, layers: int, max_tokens: int) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm import LLM
+
+        folder = Path(tempfile.mkdtemp())
+        (folder / "config.json").write_text(json.dumps(LLAMA_3_8B | {"num_hidden_layers": layers}))
+        self.llm = LLM(
+            str(folder),
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            attention_backend=backend,
+            max_model_len=max_tokens,
+            seed=0,
+        )
+
+    def decode_step(self, batch: int, context: int, steps: int, share: float | None, options: dict[str, Any]) -> float:
+        """Seconds that a decode step takes, mean over `steps`; `share` of the blocks are read where it is given."""
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        random = torch.Generator().manual_seed(0)
+        names = [f"{time.monotonic_ns()}-{place}" for place in range(batch)]
+        for name in names:
+            prompt = torch.randint(100, LLAMA_3_8B["vocab_size"], (context,), generator=random).tolist()  # type: ignore[call-overload]
+            params = SamplingParams(
+                max_tokens=steps + 50, ignore_eos=True, temperature=0, detokenize=False, extra_args=options or None
+            )
+            engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        tokens = dict.fromkeys(names, 0)
+        while min(tokens.values()) < 3:  # the first decode step reads everything
+            for output in engine.step():
+                tokens[output.request_id] = len(output.outputs[0].token_ids)
+        if share is not None:
+            force(self.llm, context // DECODE_BLOCK, share)
+        for _ in range(WARMUP_STEPS):
+            engine.step()
+        start = time.perf_counter()
+        for _ in range(steps):
+            engine.step()
+        taken = (time.perf_counter() - start) / steps
+        engine.abort_request(names)
+        while engine.has_unfinished_requests():
+            engine.step()
+        return taken
+
+
+@torch.inference_mode()
+def force(llm: Any, blocks: int, share: float) -> None:
+    """Let every sequence read a random share of its blocks, the same ones in each layer, from now on."""
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    states = [layer.impl.state for layer in layers if getattr(layer.impl, "state", None) is not None]
+    slots, kv_heads, _words = states[0].mask.shape
+    bits = torch.stack([forced_bits(blocks, share) for _ in range(slots * kv_heads)])
+    mask = pack_bits(bits).view(slots, kv_heads, -1)
+    for state in states:
+        state.mask.zero_()[..., : mask.shape[2]] = mask
+        head_dim = (state.summaries.shape[-1] - 8) // 2
+        state.summaries[..., 2 * head_dim :] = 255  # scales that are no numbers: no estimate passes
+
+
+def measure(
+    backend: str, layers: int, batches: list[tuple[int, int]], steps: int, shares: list[float]
+) -> list[dict[str, Any]]:
+    """The rows of a backend's engine."""
+    engine = Engine(backend, layers, max(context for _, context in batches) + steps + 64)
+    disabled: dict[str, Any] = {"lite_attn_enable": False}
+    runs: list[tuple[str, float | None, dict[str, Any]]] = [("stock", None, {})]
+    if backend != STOCK:
+        runs = [("disabled", None, disabled)]
+        runs += [(f"{share:.0%} read", share, {"lite_attn_threshold": NEVER}) for share in shares]
+    return [
+        {
+            "batch": batch,
+            "context": context,
+            "run": name,
+            "milliseconds": 1e3 * engine.decode_step(batch, context, steps, share, options),
+        }
+        for batch, context in batches
+        for name, share, options in runs
+    ]
+
+
+def _batch(text: str) -> tuple[int, int]:
+    try:
+        batch, context = (int(number) for number in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected SEQUENCESxTOKENS, such as 12x32768, got {text}") from None
+    return batch, context
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--batches", type=_batch, nargs="+", default=[(12, 32768), (6, 65536)], metavar="SEQUENCESxTOKENS"
+    )
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.25], help="of the blocks that are read")
+    parser.add_argument("--steps", type=int, default=40, help="decode steps that are timed")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--out", type=Path, default=DIRECTORY, help="folder for the results")
+    args = parser.parse_args()
+
+    rows: list[dict[str, Any]] = []
+    for backend in tqdm([STOCK, "LITE_ATTN"], unit="engine"):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            rows += pool.submit(measure, backend, args.layers, args.batches, args.steps, args.shares).result()
+    stock = {(row["batch"], row["context"]): row["milliseconds"] for row in rows if row["run"] == "stock"}
+    print(f"| sequences x context | run | ms a step | against {STOCK} |\n|---|---|---|---|")
+    for row in rows:
+        row["speedup"] = stock[row["batch"], row["context"]] / row["milliseconds"]
+        case = f"{row['batch']} x {row['context']:,}"
+        print(f"| {case} | {row['run']} | {row['milliseconds']:.2f} | {row['speedup']:.2f} x |")
+    setup = {"model": "the shape of Llama-3-8B", "layers": args.layers, "steps": args.steps, "stock": STOCK}
+    write_result("engine_time", setup, rows, args.out)
+
+
+if __name__ == "__main__":
+    main()
