@@ -187,7 +187,9 @@ def _tracker_of(runner: Any) -> steps.StepTracker:
         server = ServerOptions.from_additional_config(config.additional_config)
         rank = config.parallel_config.rank
         counts_rows = rank % config.parallel_config.tensor_parallel_size == 0
-        tracker = runner.lite_attn_tracker = steps.create_tracker(server, support.pool_slots(config), rank, counts_rows)
+        tracker = runner.lite_attn_tracker = steps.create_tracker(
+            server, support.pool_slots(config), rank, counts_rows, dense_rows=runner.device.type == "cuda"
+        )
     return tracker
 
 

@@ -7,6 +7,7 @@ was closed: they are counted when a later step finds that they have arrived.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lite_attention.backend.requests import DecodeToken, RequestTable
+from lite_attention.backend.requests import SCRATCH_SLOT, DecodeToken, RequestTable
 from lite_attention.backend.vllm.device import Readback
 from lite_attention.backend.vllm.plugin import METRICS_DIRECTORY_VARIABLE
 from lite_attention.serving.metrics import StepCounters
@@ -34,7 +35,8 @@ class Wave:
     """Tokens of different sequences that the decode operator computes in one call.
 
     A sequence that decodes has one token in the first wave. One that was preempted computes its generated tokens
-    again, one a wave, so that each sees the state that it saw the first time.
+    again, one a wave, so that each sees the state that it saw the first time. Tokens that read everything have the
+    threshold -inf.
 
     Attributes:
         rows: (tokens,) int64, the batch's row of each token.
@@ -74,6 +76,11 @@ class StepPlan:
     @property
     def tokens(self) -> list[DecodeToken]:
         return [token for wave in self.waves for token in wave.tokens]
+
+    @property
+    def skipping(self) -> int:
+        """How many tokens may skip."""
+        return sum(token.threshold > -math.inf for token in self.tokens)
 
     def visited_by_wave(self, device: torch.device | str) -> tuple[Tensor, ...]:
         """For each wave the places of its tokens, on a device."""
@@ -115,11 +122,14 @@ class StepTracker:
         server: the server's defaults and limits.
         slots: rows of the pooled state.
         counters: where the metrics are counted; None on ranks whose rows another rank counts.
+        dense_rows: whether the decode operator computes rows of one token that do not skip, too. Where it does so in
+            batches that hold nothing else, it must in all: a request's tokens would depend on its batch otherwise.
     """
 
     server: ServerOptions
     slots: int
     counters: StepCounters | None
+    dense_rows: bool = False
     table: RequestTable = field(init=False)
     stats: OrderedDict[str, RequestStats] = field(default_factory=OrderedDict)
     _step: _Step | None = None
@@ -140,7 +150,7 @@ class StepTracker:
             yield
         finally:
             self._step = None
-        if step.plan is not None and step.plan.visited is not None:
+        if step.plan is not None and step.plan.visited is not None and step.plan.skipping:
             self._visits.append(_Visits(step.plan, Readback(step.plan.visited)))
         while self._visits and self._visits[0].visited.arrived():
             self._count(self._visits.popleft())
@@ -173,7 +183,7 @@ class StepTracker:
         if not step.plan.waves:
             return None
         if reason is not None:
-            self.fell_back(reason, len(step.plan.tokens))
+            self.fell_back(reason, step.plan.skipping)
             return None
         step.plan.kv_heads += kv_heads
         return step.plan
@@ -215,28 +225,31 @@ class StepTracker:
     def _make_plan(self, step: _Step, query_start: Sequence[int]) -> StepPlan:
         request_ids = step.request_ids()
         batch = frozenset(request_ids)
-        waves: defaultdict[int, tuple[list[DecodeToken], list[int], list[int]]]
-        waves = defaultdict(lambda: ([], [], []))
+        waves: defaultdict[int, list[tuple[DecodeToken, int, int]]] = defaultdict(list)
         stock_rows = []
         for row, (request_id, (begin, end)) in enumerate(zip(request_ids, pairwise(query_start), strict=False)):
             start = step.first_positions.get(request_id)
             skips_from = self.table.skips_from(request_id)
-            if start is None or skips_from is None:
+            if start is None:
                 stock_rows.append(row)
                 continue
-            first = max(start, skips_from)
-            if first > start:
+            count = end - begin
+            first = start + count if skips_from is None else max(start, skips_from)
+            if first > start and count == 1 and self.dense_rows:
+                dense = DecodeToken(request_id, start, SCRATCH_SLOT, -math.inf, visit_all=False)
+                waves[0].append((dense, row, begin))
+            elif first > start:
                 stock_rows.append(row)
-            for position in range(first, start + end - begin):
-                tokens, rows, indices = waves[position - first]
-                tokens.append(self.table.decode_token(request_id, position, batch))
-                rows.append(row)
-                indices.append(begin + position - start)
-        return StepPlan([Wave(*waves[number]) for number in sorted(waves)], stock_rows)
+            for position in range(first, start + count):
+                token = self.table.decode_token(request_id, position, batch)
+                waves[position - first].append((token, row, begin + position - start))
+        return StepPlan([Wave(*zip(*waves[number], strict=True)) for number in sorted(waves)], stock_rows)
 
     def _count(self, visits: _Visits) -> None:
         plan, visited_at = visits.plan, visits.visited.values()
         for token, place in zip(plan.tokens, plan.places, strict=True):
+            if token.threshold == -math.inf:
+                continue
             visited, total = visited_at[place], plan.kv_heads * ceil_div(token.position + 1, DECODE_BLOCK)
             if self.counters is not None:
                 self.counters.add_rows(token.threshold, 1, visited, total)
@@ -258,14 +271,16 @@ def first_positions(scheduled: Any) -> dict[str, int]:
 _tracker: StepTracker | None = None
 
 
-def create_tracker(server: ServerOptions, slots: int, rank: int, counts_rows: bool) -> StepTracker:
+def create_tracker(
+    server: ServerOptions, slots: int, rank: int, counts_rows: bool, dense_rows: bool = False
+) -> StepTracker:
     """Start this worker's bookkeeping."""
     global _tracker
     directory = os.environ.get(METRICS_DIRECTORY_VARIABLE)
     counters = None
     if directory is not None and counts_rows:
         counters = StepCounters.create(Path(directory) / f"worker-{os.getpid()}-{rank}", slots=slots - 1)
-    _tracker = StepTracker(server, slots, counters)
+    _tracker = StepTracker(server, slots, counters, dense_rows)
     return _tracker
 
 

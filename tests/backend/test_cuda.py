@@ -62,7 +62,7 @@ class Engine:
         from lite_attention.backend.vllm import cuda
 
         self.v2 = v2
-        self.tracker = StepTracker(ServerOptions(), slots=SEQUENCES + 1, counters=None)
+        self.tracker = StepTracker(ServerOptions(), slots=SEQUENCES + 1, counters=None, dense_rows=True)
         self.cache = torch.zeros(1 + SEQUENCES * PAGES_A_SEQUENCE, PAGE, KV_HEADS, 2 * HEAD_DIM).transpose(1, 2)
         shared = Launches({}, PADDED, torch.device("cpu"))
         shared.lse = torch.empty(PADDED * HEADS)
@@ -126,10 +126,11 @@ class Engine:
         padding = PADDED - len(batch) if single else 0
         counts = [count for _, count in batch]
         ends = [request.computed + count for request, count in batch]
-        tables = [[1 + request.row * PAGES_A_SEQUENCE + n for n in range(PAGES_A_SEQUENCE)] for request, _ in batch]
+        first_pages = {request.name: 1 + (request.row or 0) * PAGES_A_SEQUENCE for request, _ in batch}
+        tables = [[first_pages[request.name] + n for n in range(PAGES_A_SEQUENCE)] for request, _ in batch]
         query_start = torch.tensor([0, *counts, *[0] * padding]).cumsum(0).int()
         tokens = [(request, request.computed + n) for request, count in batch for n in range(count)]
-        slots = [(1 + request.row * PAGES_A_SEQUENCE) * PAGE + position for request, position in tokens]
+        slots = [first_pages[request.name] * PAGE + position for request, position in tokens]
         common = CommonAttentionMetadata(
             query_start_loc=query_start,
             query_start_loc_cpu=query_start,

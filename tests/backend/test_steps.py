@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lite_attention.backend.requests import SCRATCH_SLOT
 from lite_attention.backend.vllm import steps
 from lite_attention.backend.vllm.steps import StepPlan, StepTracker
 from lite_attention.serving.params import ServerOptions
@@ -103,6 +105,34 @@ def test_single_tokens_of_prompts_are_no_decode_tokens() -> None:
         assert made is not None
         assert made.stock_rows == [0, 1]
         assert made.waves[0].rows.tolist() == [2]
+
+
+def test_where_the_operator_computes_dense_rows_it_does_so_in_every_batch_and_counts_none() -> None:
+    worker = StepTracker(ServerOptions(), slots=5, counters=None, dense_rows=True)
+    starts = [
+        new("dense", 3, computed=3, enable=False),
+        new("tail", 9, computed=8),
+        new("prefill", 9, enable=False),
+        new("again", 3, computed=3, enable=False),
+        new("decode", 3, computed=3),
+    ]
+    with worker.step(scheduled(*starts), lambda: [start.req_id for start in starts]):
+        made = plan(worker, [1, 1, 9, 2, 1])
+        assert made is not None
+        assert made.stock_rows == [2, 3]
+        (wave,) = made.waves
+        assert wave.rows.tolist() == [0, 1, 4]
+        assert wave.indices.tolist() == [0, 1, 13]
+        assert wave.seq_lens.tolist() == [4, 9, 4]
+        assert wave.slots.tolist()[:2] == [SCRATCH_SLOT] * 2 and wave.slots[2] != SCRATCH_SLOT
+        assert wave.thresholds.tolist() == [-math.inf, -math.inf, ServerOptions().threshold]
+        made.visited_by_wave("cpu")[0].add_(7)
+    assert worker.take_stats() == {"decode": (7, 2)}
+    with worker.step(scheduled(cached={"dense": 4}), lambda: ["dense"]):
+        made = plan(worker, [1])
+        assert made is not None and made.stock_rows == []
+        made.visited_by_wave("cpu")
+    assert worker.take_stats() == {}
 
 
 def test_padded_rows_and_requests_that_nobody_announced_are_left_alone() -> None:

@@ -1,4 +1,4 @@
-"""Real engines and a real model. Skipped, with the reason, where vLLM's CPU engine is not installed."""
+"""Real engines and a real model. Skipped, with the reason, where vLLM's CPU engine, or a GPU, is not there."""
 
 from __future__ import annotations
 
@@ -23,17 +23,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    try:
-        import vllm.v1.attention.backends.cpu_attn  # noqa: F401
-    except ImportError as error:
-        reason = f"needs vLLM's CPU engine: {error}"
-    else:
-        reason = ""
+    platform, reason = _platform()
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.engine)
-            if reason:
-                item.add_marker(pytest.mark.skip(reason=reason))
+            needed = "cuda" if item.get_closest_marker("gpu") else "cpu"
+            if platform != needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs vLLM on {needed}: {reason}"))
+
+
+def _platform() -> tuple[str, str]:
+    """The platform that the installed vLLM runs on, and why it is that one."""
+    try:
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        return "", str(error)
+    return current_platform.device_type, f"the one installed runs on {current_platform.device_type or 'nothing'}"
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +57,7 @@ class Job:
     options: dict[str, Any]
     max_tokens: int = 24
     start: int = 0
+    logprobs: int | None = None
 
 
 class Engine:
@@ -62,7 +68,8 @@ class Engine:
 
         defaults: dict[str, Any] = {"enforce_eager": True, "max_model_len": 2048, "max_num_seqs": 16, "seed": 0}
         self.llm = LLM(model, attention_backend=backend, disable_log_stats=False, **defaults | settings)
-        self.source = self.llm.get_tokenizer().encode(SOURCE)
+        self.detokenize = not settings.get("skip_tokenizer_init")
+        self.source = self.llm.get_tokenizer().encode(SOURCE) if self.detokenize else list(SOURCE.encode())
         self.number = 0
 
     def prompt(self, job: Job) -> dict[str, Any]:
@@ -72,7 +79,12 @@ class Engine:
         from vllm import SamplingParams
 
         return SamplingParams(
-            temperature=0, max_tokens=job.max_tokens, ignore_eos=True, extra_args=dict(job.options) or None
+            temperature=0,
+            max_tokens=job.max_tokens,
+            ignore_eos=True,
+            extra_args=dict(job.options) or None,
+            detokenize=self.detokenize,
+            logprobs=job.logprobs,
         )
 
     def generate(self, jobs: list[Job]) -> list[Any]:

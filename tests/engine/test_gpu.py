@@ -1,0 +1,264 @@
+"""LITE_ATTN in real engines on a Hopper GPU, with a small random model.
+
+vLLM computes batch-invariantly here, so that what is the same can be compared exactly. Each engine has a process of
+its own. Best run side by side: `python -m pytest tests/engine/test_gpu.py -n 6`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.conftest import Engine, Job
+from tests.engine.test_offline import DENSE, skipping
+
+pytestmark = pytest.mark.gpu
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCABULARY, INNER = 1024, 8, 2, 128, 4, 4096, 2048
+SPREAD = 1.3
+"""Of queries and keys: attention scores have a deviation of 1.7, so that some blocks matter and most do not."""
+NEAR = {"float16": 0.02, "bfloat16": 0.16}
+"""Log probabilities of engines that compute in different orders differ by less."""
+GRAPHS: dict[str, Any] = {"cudagraph_mode": "FULL_AND_PIECEWISE", "cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
+NO_GRAPHS: dict[str, Any] = {"cudagraph_mode": "NONE"}
+CROWDED: dict[str, Any] = {"max_num_batched_tokens": 256, "num_gpu_blocks_override": 130, "max_model_len": 1024}
+"""A cache too small for sixteen requests, and prompts in pieces."""
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from safetensors.torch import save_file
+
+    random = torch.Generator().manual_seed(0)
+
+    def matrix(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
+        return (gain * columns**-0.5 * torch.randn(rows, columns, generator=random)).half()
+
+    norm = torch.ones(HIDDEN, dtype=torch.float16)
+    weights = {"model.embed_tokens.weight": matrix(VOCABULARY, HIDDEN, HIDDEN**0.5), "model.norm.weight": norm}
+    weights["lm_head.weight"] = matrix(VOCABULARY, HIDDEN, 3.0)
+    for layer in range(LAYERS):
+        for name, rows, columns, gain in (
+            ("self_attn.q_proj", HEADS * HEAD_DIM, HIDDEN, SPREAD),
+            ("self_attn.k_proj", KV_HEADS * HEAD_DIM, HIDDEN, SPREAD),
+            ("self_attn.v_proj", KV_HEADS * HEAD_DIM, HIDDEN, 1.0),
+            ("self_attn.o_proj", HIDDEN, HEADS * HEAD_DIM, 2.0),
+            ("mlp.gate_proj", INNER, HIDDEN, 1.0),
+            ("mlp.up_proj", INNER, HIDDEN, 1.0),
+            ("mlp.down_proj", HIDDEN, INNER, 1.0),
+        ):
+            weights[f"model.layers.{layer}.{name}.weight"] = matrix(rows, columns, gain)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"model.layers.{layer}.{name}.weight"] = norm.clone()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 16384,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    folder = tmp_path_factory.mktemp("random-model")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def in_engine(
+    scenario: Callable[..., Any], model: str, backend: str, v2: bool, *arguments: Any, **settings: Any
+) -> Any:
+    """What `scenario` returns, called with an engine of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_in_engine, scenario, model, backend, v2, arguments, settings).result()
+
+
+def _in_engine(
+    scenario: Callable[..., Any], model: str, backend: str, v2: bool, arguments: Any, settings: dict[str, Any]
+) -> Any:
+    # Compiled code in a folder of its own: engines that start side by side must not write to the same.
+    cache = Path(model) / f"cache-{os.getpid()}"
+    os.environ |= {
+        "VLLM_BATCH_INVARIANT": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": str(int(v2)),
+        "VLLM_CACHE_ROOT": str(cache),
+        "TORCHINDUCTOR_COMPILE_THREADS": "2",
+    }
+    defaults: dict[str, Any] = {
+        "skip_tokenizer_init": True,
+        "enforce_eager": False,
+        "gpu_memory_utilization": 0.05,
+        "kv_cache_memory_bytes": 2**30,
+        "compilation_config": GRAPHS,
+    }
+    return scenario(Engine(model, backend, **defaults | settings), *arguments)
+
+
+def logprobs(engine: Engine, jobs: list[Job]) -> list[list[tuple[int, dict[int, float]]]]:
+    """For each job its tokens, and the log probabilities of the likeliest ones there."""
+    return [
+        [
+            (token, {of: entry.logprob for of, entry in likely.items()})
+            for token, likely in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)
+        ]
+        for output in engine.generate(jobs)
+    ]
+
+
+def assert_same(
+    got: list[tuple[int, dict[int, float]]], want: list[tuple[int, dict[int, float]]], near: float, about: str
+) -> None:
+    """The same tokens, up to a place where two are as good as equally likely."""
+    for place, ((token, likely), (wanted, of_wanted)) in enumerate(zip(got, want, strict=True)):
+        if token != wanted:
+            first, second = sorted(of_wanted.values())[-1:-3:-1]
+            assert first - second < near, f"{about}, token {place}: {likely}, expected {of_wanted}"
+            return
+        assert abs(likely[token] - of_wanted[token]) < near, f"{about}, token {place}: {likely}, expected {of_wanted}"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("v2", [False, True])
+def test_requests_that_do_not_skip_get_the_tokens_of_stock_attention(random_model: str, v2: bool, dtype: str) -> None:
+    lengths = (20, 33, 127, 300, 700, 1500, 3000, 6000)
+    settings = {"max_model_len": 8192, "dtype": dtype}
+    stock = in_engine(
+        logprobs, random_model, "FLASH_ATTN", v2, [Job(n, {}, max_tokens=48, logprobs=2) for n in lengths], **settings
+    )
+    jobs = [Job(n, o, max_tokens=48, logprobs=2) for o in (DENSE, skipping(-math.inf)) for n in lengths]
+    lite = in_engine(logprobs, random_model, "LITE_ATTN", v2, jobs, **settings)
+    assert lite[: len(lengths)] == lite[len(lengths) :]
+    for length, got, want in zip(lengths, lite, stock, strict=False):
+        assert_same(got, want, NEAR[dtype], f"{length} tokens")
+
+
+def mixed_jobs() -> list[Job]:
+    """Sixteen requests, from dense to reckless."""
+    thresholds = itertools.cycle([-2, -3, -4, -6, None])
+    return [
+        Job(
+            prompt_tokens=60 + 37 * place,
+            options=DENSE if threshold is None else skipping(threshold, refresh_interval=place % 3 * 5),
+            max_tokens=40,
+            start=150 * place,
+        )
+        for place, threshold in zip(range(16), thresholds, strict=False)
+    ]
+
+
+def crowd(engine: Engine, jobs: list[Job], aborted: dict[int, int]) -> dict[str, Any]:
+    """What the jobs get together, after they were served one by one, and all that was counted meanwhile."""
+    alone = [engine.tokens([job])[0] for job in jobs]
+    alone_blocks = blocks_read(engine)
+    preempted = preempted_places(engine, first=engine.number)
+    together = engine.tokens(jobs, abort=aborted)
+    together_blocks = blocks_read(engine)
+    engine.tokens([Job(20, DENSE, max_tokens=1)])  # the step in which the worker hears of the last ends
+    return {
+        "alone": alone,
+        "together": together,
+        "alone_blocks": alone_blocks,
+        "together_blocks": together_blocks,
+        "preempted": preempted,
+        "active": engine.tracker.table.active_slots,
+    }
+
+
+def preempted_places(engine: Engine, first: int) -> set[int]:
+    """Fills up with the places of the jobs that are preempted from now on, counted from the engine's job `first`."""
+    tracker, places = engine.tracker, set()
+    follow = tracker._follow_scheduler
+
+    def follow_scheduler(scheduled: Any) -> None:
+        places.update(int(name.split("-")[1]) - first for name in scheduled.preempted_req_ids or ())
+        follow(scheduled)
+
+    tracker._follow_scheduler = follow_scheduler
+    return places
+
+
+def blocks_read(engine: Engine) -> list[tuple[int, int]]:
+    """Blocks read, and all there were, of each request that skipped since the last call."""
+    stats = engine.tracker.take_stats().items()
+    of = {name.split("-")[1]: blocks for name, blocks in stats if name.startswith("test-")}  # not the warm-up's
+    return [of[number] for number in sorted(of, key=int)]
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_no_request_changes_the_tokens_of_another_and_graphs_change_nothing(random_model: str, v2: bool) -> None:
+    jobs, aborted = mixed_jobs(), {3: 30, 10: 60}
+    got = in_engine(crowd, random_model, "LITE_ATTN", v2, jobs, aborted, **CROWDED)
+    assert got["preempted"]
+    for place, (alone, together) in enumerate(zip(got["alone"], got["together"], strict=True)):
+        if jobs[place].options == DENSE and place in got["preempted"]:
+            continue  # stock attention computed its tokens again, which is the same within rounding
+        assert together == (alone[: len(together)] if place in aborted else alone), f"request {place}: {jobs[place]}"
+    assert got["active"] == 0
+    assert len(got["alone_blocks"]) == sum("lite_attn_threshold" in job.options for job in jobs)
+    assert sum(visited for visited, _ in got["alone_blocks"]) < 0.8 * sum(total for _, total in got["alone_blocks"])
+
+    without = in_engine(crowd, random_model, "LITE_ATTN", v2, jobs, aborted, **CROWDED, compilation_config=NO_GRAPHS)
+    assert without == got
+
+
+def follow_up(engine: Engine) -> list[tuple[int, list[int]]]:
+    """Cached tokens and answer of a request whose prompt holds a reckless one's answer, with a cache and without."""
+    prompt = engine.prompt(Job(320, {}))["prompt_token_ids"]
+    answer = engine.tokens([Job(320, skipping(-1), max_tokens=100)])[0]
+    question: Any = {"prompt_token_ids": prompt + answer + prompt[:40]}
+    answers = []
+    for _ in range(2):
+        output = engine.llm.generate([question], engine.params(Job(0, DENSE, max_tokens=8)), use_tqdm=False)[0]
+        answers.append((output.num_cached_tokens, list(output.outputs[0].token_ids)))
+        engine.llm.reset_prefix_cache()
+    return answers
+
+
+def test_keys_computed_under_skipping_are_not_shared_as_a_prefix(random_model: str) -> None:
+    (cached, answer), (fresh, again) = in_engine(follow_up, random_model, "LITE_ATTN", True)
+    assert (cached, fresh) == (320, 0)
+    assert answer == again
+
+
+def before_and_after_sleep(engine: Engine) -> list[list[list[int]]]:
+    jobs = [Job(600, skipping(-5)), Job(200, DENSE)]
+    answers = [engine.tokens(jobs)]
+    engine.llm.sleep(level=1)
+    engine.llm.wake_up()
+    return [*answers, engine.tokens(jobs)]
+
+
+def test_an_engine_that_slept_answers_as_before(random_model: str) -> None:
+    before, after = in_engine(before_and_after_sleep, random_model, "LITE_ATTN", True, enable_sleep_mode=True)
+    assert before == after
+
+
+def sparsity(engine: Engine, thresholds: list[float]) -> list[float]:
+    return [output.lite_attn["sparsity"] for output in engine.generate([Job(1200, skipping(t)) for t in thresholds])]
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_lower_thresholds_skip_less_without_compilation_too(random_model: str, v2: bool) -> None:
+    shares = in_engine(sparsity, random_model, "LITE_ATTN", v2, [-2, -4, -6, -20], enforce_eager=True)
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > 0.5 > shares[-1]
