@@ -100,6 +100,15 @@ class Engine:
             engine.step()
         return taken
 
+    def memory(self) -> dict[str, Any]:
+        """Tokens that the KV cache has room for, and bytes that are in use on the GPU."""
+        cache = self.llm.llm_engine.vllm_config.cache_config
+        memory = {"cache_tokens": cache.num_gpu_blocks * cache.block_size}
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            memory |= {"bytes_in_use": total - free, "bytes_allowed": int(cache.gpu_memory_utilization * total)}
+        return memory
+
 
 @torch.inference_mode()
 def force(llm: Any, blocks: int, share: float) -> None:
@@ -117,24 +126,21 @@ def force(llm: Any, blocks: int, share: float) -> None:
 
 def measure(
     backend: str, layers: int, batches: list[tuple[int, int]], steps: int, shares: list[float]
-) -> list[dict[str, Any]]:
-    """The rows of a backend's engine."""
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of a backend's engine, and what memory it had."""
     engine = Engine(backend, layers, max(context for _, context in batches) + steps + 64)
     disabled: dict[str, Any] = {"lite_attn_enable": False}
     runs: list[tuple[str, float | None, dict[str, Any]]] = [("stock", None, {})]
     if backend != STOCK:
         runs = [("disabled", None, disabled)]
         runs += [(f"{share:.0%} read", share, {"lite_attn_threshold": NEVER}) for share in shares]
-    return [
-        {
-            "batch": batch,
-            "context": context,
-            "run": name,
-            "milliseconds": 1e3 * engine.decode_step(batch, context, steps, share, options),
-        }
-        for batch, context in batches
-        for name, share, options in runs
-    ]
+    rows = []
+    for batch, context in batches:
+        for name, share, options in runs:
+            taken = engine.decode_step(batch, context, steps, share, options)
+            rows.append({"batch": batch, "context": context, "run": name, "milliseconds": 1e3 * taken})
+            tqdm.write(f"{backend}: {rows[-1]}")
+    return rows, engine.memory()
 
 
 def _batch(text: str) -> tuple[int, int]:
@@ -157,16 +163,25 @@ def main() -> None:
     args = parser.parse_args()
 
     rows: list[dict[str, Any]] = []
+    memory = {}
     for backend in tqdm([STOCK, "LITE_ATTN"], unit="engine"):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            rows += pool.submit(measure, backend, args.layers, args.batches, args.steps, args.shares).result()
+            measured = pool.submit(measure, backend, args.layers, args.batches, args.steps, args.shares).result()
+        rows += measured[0]
+        memory[backend] = measured[1]
     stock = {(row["batch"], row["context"]): row["milliseconds"] for row in rows if row["run"] == "stock"}
     print(f"| sequences x context | run | ms a step | against {STOCK} |\n|---|---|---|---|")
     for row in rows:
         row["speedup"] = stock[row["batch"], row["context"]] / row["milliseconds"]
         case = f"{row['batch']} x {row['context']:,}"
         print(f"| {case} | {row['run']} | {row['milliseconds']:.2f} | {row['speedup']:.2f} x |")
-    setup = {"model": "the shape of Llama-3-8B", "layers": args.layers, "steps": args.steps, "stock": STOCK}
+    setup = {
+        "model": "the shape of Llama-3-8B",
+        "layers": args.layers,
+        "steps": args.steps,
+        "stock": STOCK,
+        "memory": memory,
+    }
     write_result("engine_time", setup, rows, args.out)
 
 

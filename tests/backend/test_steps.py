@@ -129,9 +129,9 @@ def test_where_the_operator_computes_dense_rows_it_does_so_in_every_batch_and_co
         made.visited_by_wave("cpu")[0].add_(7)
     assert worker.take_stats() == {"decode": (7, 2)}
     with worker.step(scheduled(cached={"dense": 4}), lambda: ["dense"]):
-        made = plan(worker, [1])
-        assert made is not None and made.stock_rows == []
-        made.visited_by_wave("cpu")
+        again = plan(worker, [1])
+        assert again is not None and again.stock_rows == []
+        again.visited_by_wave("cpu")
     assert worker.take_stats() == {}
 
 

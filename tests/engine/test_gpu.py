@@ -186,7 +186,8 @@ def crowd(engine: Engine, jobs: list[Job], aborted: dict[int, int]) -> dict[str,
 
 def preempted_places(engine: Engine, first: int) -> set[int]:
     """Fills up with the places of the jobs that are preempted from now on, counted from the engine's job `first`."""
-    tracker, places = engine.tracker, set()
+    tracker = engine.tracker
+    places: set[int] = set()
     follow = tracker._follow_scheduler
 
     def follow_scheduler(scheduled: Any) -> None:
