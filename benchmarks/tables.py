@@ -94,6 +94,25 @@ def decode_time_cuda(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def engine_time(result: dict[str, Any]) -> str:
+    machine, setup = result["machine"], result["setup"]
+    note = f"; {setup['note']}" if "note" in setup else ""
+    lines = [
+        f"A decode step of vLLM {result['versions']['vllm']} on one {machine['processor']}, default settings, "
+        f"{setup['model']} with random weights, {setup['layers']} layers, against {setup['stock']} (FlashAttention 3); "
+        f"which blocks are read is forced (`benchmarks/engine_time.py`{note}):",
+        "",
+        f"| sequences × context | blocks read | ms a step | against {setup['stock']} |",
+        "|---|---|---|---|",
+    ]
+    names = {"stock": f"all, by {setup['stock']}", "disabled": "all, every request disabled"}
+    for row in result["rows"]:
+        read = names.get(row["run"], row["run"].removesuffix(" read"))
+        case = f"{row['batch']} × {row['context']:,}"
+        lines.append(f"| {case} | {read} | {row['milliseconds']:.1f} | {_times(row['speedup'])} |")
+    return "\n".join(lines)
+
+
 def forward_dense(result: dict[str, Any]) -> str:
     rows = [row for row in result["rows"] if row["group"] == "dense" and row["call"] == "dense"]
     tracking = {
@@ -154,6 +173,7 @@ RESULTS = {
     text_needle: "text_needle",
     decode_time: "decode_time",
     decode_time_cuda: "decode_time_cuda",
+    engine_time: "engine_time",
     forward_dense: "forward_time",
     forward_sparse: "forward_time",
 }
