@@ -11,6 +11,7 @@
 | worker | `GPUModelRunner.prepare_attn` of the V2 model runner | the order of a batch's rows |
 | worker, on GPUs | `GPUModelRunner.initialize_kv_cache`, of both model runners | summaries beside the KV cache |
 | worker, on GPUs | `Worker.determine_available_memory` | the summaries' part of the KV cache's memory |
+| worker, on GPUs | `Worker.compile_or_warm_up_model` | requests that vLLM invents to warm up are not counted |
 | worker, on GPUs | `Worker.wake_up` | what has to be zero for the decode kernel is again after a sleep |
 | worker | `WorkerBase.lite_attn_take_stats` (new) | sparsity of each request, asked for by the front end |
 
@@ -70,8 +71,8 @@ def install_worker_hooks() -> None:
     WorkerBase.lite_attn_take_stats = _take_stats
 
 
-def install_memory_hooks() -> None:
-    """Hooks of a process whose device has no memory to spare."""
+def install_gpu_worker_hooks() -> None:
+    """Hooks of a process whose device has no memory to spare, and that vLLM warms up with requests of its own."""
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as ModelRunnerV2
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as ModelRunnerV1
     from vllm.v1.worker.gpu_worker import Worker
@@ -79,6 +80,7 @@ def install_memory_hooks() -> None:
     for runner in (ModelRunnerV1, ModelRunnerV2):
         _wrap(runner, "initialize_kv_cache", _allocate_summaries)
     _wrap(Worker, "determine_available_memory", _leave_memory_for_summaries)
+    _wrap(Worker, "compile_or_warm_up_model", _warm_up)
     _wrap(Worker, "wake_up", _wake_up)
 
 
@@ -194,7 +196,7 @@ def _tracker_of(runner: Any) -> steps.StepTracker:
 
 
 def _execute_model(original: Callable[..., Any], self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-    if kwargs.get("dummy_run"):  # of the V2 model runner
+    if kwargs.get("dummy_run") or getattr(self, "lite_attn_warms_up", False):  # of the V2 model runner
         return original(self, scheduler_output, *args, **kwargs)
     copies = getattr(scheduler_output, "kv_cache_block_copies", None)
     if copies:
@@ -238,6 +240,14 @@ def _leave_memory_for_summaries(original: Callable[..., int], self: Any) -> int:
             available / 2**30,
         )
     return cache
+
+
+def _warm_up(original: Callable[..., Any], self: Any) -> Any:
+    self.model_runner.lite_attn_warms_up = True
+    try:
+        return original(self)
+    finally:
+        self.model_runner.lite_attn_warms_up = False
 
 
 def _wake_up(original: Callable[..., None], self: Any, tags: list[str] | None = None) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import math
 import zlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -302,3 +303,25 @@ def test_a_run_that_serves_no_request_is_dense_and_keeps_the_state() -> None:
     assert fields.thresholds.tolist() == [-math.inf] * PADDED
     assert engine.impl.state.mask.unique().tolist() == [7]
     assert engine.tracker.take_stats() == {}
+
+
+def test_requests_that_warm_an_engine_up_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lite_attention.backend.vllm import hooks
+
+    followed = []
+
+    def step(*_: Any) -> Any:
+        followed.append(True)
+        return nullcontext()
+
+    monkeypatch.setattr(hooks, "_tracker_of", lambda runner: SimpleNamespace(step=step))
+    runner = SimpleNamespace()
+
+    def execute() -> str:
+        return hooks._execute_model(lambda runner, scheduled: "ran", runner, SimpleNamespace())
+
+    worker = SimpleNamespace(model_runner=runner)
+    assert hooks._warm_up(lambda worker: execute(), worker) == "ran"
+    assert not followed
+    assert execute() == "ran"
+    assert followed

@@ -180,7 +180,7 @@ def visit(worker: StepTracker, starts: list[SimpleNamespace], visited: list[int]
         for _ in range(2):
             made = plan(worker, [1] * len(starts))
             assert made is not None
-        (count,) = made.visited_by_wave("cpu")
+            (count,) = made.visited_by_wave("cpu")
         count += torch.tensor(visited)
 
 
