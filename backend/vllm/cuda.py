@@ -1,8 +1,8 @@
 """LITE_ATTN on CUDA: FlashAttention for prefill, the decode kernel for rows that skip.
 
 A batch in which every row has one token is one launch for all rows, those that do not skip among them: this is what
-decode graphs replay, so which row skips stands in memory and not in Python. In any other batch, which is never captured,
-Python leaves the rows of several tokens to FlashAttention; those of one token are computed as in a batch of their own.
+decode graphs replay, so which row skips stands in memory and not in Python. In any other batch, never captured, Python
+leaves the rows of several tokens to FlashAttention; those of one token are computed as in a batch of their own.
 """
 
 from __future__ import annotations
