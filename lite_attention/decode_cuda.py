@@ -12,9 +12,6 @@ MAX_ROWS = 1024
 COUNTER_BYTES = 4
 """The part of a workspace, its first, that is zero before a call and again after it."""
 
-UNPROVEN: str | None = "the kernels for this version's rule have not been run on a GPU yet"
-"""Why `decode` does not run on any GPU; None once it does."""
-
 
 def check_supported(dtype: torch.dtype, head_dim: int, group: int, device: torch.device) -> None:
     """Check that the kernels take queries of that type and head_dim, ``group`` query heads a key head, on that device.
@@ -22,7 +19,7 @@ def check_supported(dtype: torch.dtype, head_dim: int, group: int, device: torch
     Raises:
         TypeError: the type is neither bfloat16 nor float16.
         ValueError: head_dim is no multiple of 16 up to 256, or the group is larger than 16.
-        RuntimeError: the kernels are not built, not for this GPU, or `UNPROVEN`.
+        RuntimeError: the kernels are not built or not for this GPU.
     """
     if dtype not in DTYPES:
         raise TypeError(f"query: expected bfloat16 or float16 on {device.type}, got {dtype}")
@@ -30,7 +27,7 @@ def check_supported(dtype: torch.dtype, head_dim: int, group: int, device: torch
         raise ValueError(f"query: expected head_dim a multiple of 16 up to {MAX_HEAD_DIM}, got {head_dim}")
     if group > MAX_GROUP:
         raise ValueError(f"query: expected at most {MAX_GROUP} query heads a key head, got {group}")
-    if reason := UNPROVEN or cuda.obstacle(device.index):
+    if reason := cuda.obstacle(device.index):
         raise RuntimeError(f"lite_attention::decode cannot run on {device}: {reason}")
 
 

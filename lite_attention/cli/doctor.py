@@ -111,9 +111,9 @@ def _cuda_kernels() -> tuple[bool, str]:
 
 
 def _cuda_decode_problem() -> str | None:
-    from lite_attention import decode_cuda
+    from lite_attention import ops
 
-    return decode_cuda.UNPROVEN
+    return ops.unimplemented("decode", "cuda")
 
 
 def implementations(machine: Machine) -> list[Implementation]:
