@@ -119,23 +119,57 @@ def calibrate(
     _maker(options)
     thresholds: Mapping[str, float] = {}
 
-    def make(layer: str) -> LiteAttention:
-        attention = LiteAttention(thresholds[layer], **options)
-        attention.meter = meters[layer]
-        return attention
-
-    def measure(moved: Mapping[str, float]) -> dict[str, Cost]:
+    def costs_at(moved: Mapping[str, float]) -> dict[str, Cost]:
         nonlocal thresholds
         thresholds = moved
         run()
         return {layer: meter.read() for layer, meter in meters.items()}
 
-    session = _replace_session(pipeline, make, warmup_steps, cooldown_steps)
-    meters = {layer: Meter() for layer in session.report.layers}
+    def make(layer: str) -> LiteAttention:
+        return LiteAttention(thresholds[layer], **options)
+
+    with _metered(pipeline, make, warmup_steps, cooldown_steps) as meters:
+        model = pipeline.name_or_path or type(pipeline).__name__
+        return find(costs_at, meters, wanted, model=model, inputs=inputs, **options)
+
+
+def measure(
+    pipeline: DiffusionPipeline,
+    run: Callable[[], object],
+    calibration: Calibration,
+    *,
+    warmup_steps: int = 0,
+    cooldown_steps: int = 0,
+) -> dict[str, Cost]:
+    """What skipping costs each layer of a pipeline in what `run` generates, with the thresholds of a calibration.
+
+    Raises:
+        TypeError, ValueError: as `enable`.
+    """
+    make = functools.partial(LiteAttention.from_calibration, calibration)
+    with _metered(pipeline, make, warmup_steps, cooldown_steps) as meters:
+        calibration.check_layers(meters)
+        run()
+        return {layer: meter.read() for layer, meter in meters.items()}
+
+
+@contextmanager
+def _metered(
+    pipeline: DiffusionPipeline, make: Callable[[str], LiteAttention], warmup_steps: int, cooldown_steps: int
+) -> Iterator[dict[str, Meter]]:
+    """A pipeline whose layers, made by name, are measured."""
+    meters: dict[str, Meter] = {}
+
+    def metered(layer: str) -> LiteAttention:
+        attention = make(layer)
+        attention.meter = meters[layer]
+        return attention
+
+    session = _replace_session(pipeline, metered, warmup_steps, cooldown_steps)
+    meters.update((layer, Meter()) for layer in session.report.layers)
     session.install()
     try:
-        model = pipeline.name_or_path or type(pipeline).__name__
-        return find(measure, meters, wanted, model=model, inputs=inputs, **options)
+        yield meters
     finally:
         disable(pipeline)
 
