@@ -163,7 +163,12 @@ def _tracker_of(runner: Any) -> steps.StepTracker:
         server = ServerOptions.from_additional_config(config.additional_config)
         rank = config.parallel_config.rank
         counts_rows = rank % config.parallel_config.tensor_parallel_size == 0
-        tracker = runner.lite_attn_tracker = steps.create_tracker(server, support.pool_slots(config), rank, counts_rows)
+        layers = config.compilation_config.static_forward_context.values()
+        states = [layer.impl.state for layer in layers if getattr(getattr(layer, "impl", None), "state", None)]
+        state_bytes = sum(state.memory_bytes() for state in states)
+        tracker = runner.lite_attn_tracker = steps.create_tracker(
+            server, support.pool_slots(config), rank, counts_rows, state_bytes
+        )
     return tracker
 
 

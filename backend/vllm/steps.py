@@ -199,13 +199,14 @@ class StepTracker:
 _tracker: StepTracker | None = None
 
 
-def create_tracker(server: ServerOptions, slots: int, rank: int, counts_rows: bool) -> StepTracker:
-    """Start this worker's bookkeeping."""
+def create_tracker(server: ServerOptions, slots: int, rank: int, counts_rows: bool, state_bytes: int) -> StepTracker:
+    """Start this worker's bookkeeping; `state_bytes` is the memory of its layers' states."""
     global _tracker
     directory = os.environ.get(METRICS_DIRECTORY_VARIABLE)
     counters = None
     if directory is not None and counts_rows:
         counters = StepCounters.create(Path(directory) / f"worker-{os.getpid()}-{rank}", slots=slots - 1)
+        counters.set_state_bytes(state_bytes)
     _tracker = StepTracker(server, slots, counters)
     return _tracker
 
