@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder from `lite-attention model smollm2`")
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=128)
-    parser.add_argument("--threshold", type=float, default=-7)
+    parser.add_argument("--threshold", type=float, default=-7.5)
     parser.add_argument("--heads", nargs="+", default=["1.1", "14.0", "27.2"], help="LAYER.KV_HEAD of each panel")
     parser.add_argument("--output", type=Path, default=Path("docs/skipping.png"))
     args = parser.parse_args()

@@ -1,21 +1,29 @@
 """Attention modules for denoising models: drop-in attention that carries a skip state from step to step."""
 
+from __future__ import annotations
+
 import functools
 import logging
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from lite_attention import ops
+from lite_attention.costs import Meter, Shape
 from lite_attention.options import Rule, check_refresh_interval, check_rule, normalize_threshold
+from lite_attention.pool import StatePool
 from lite_attention.ranges import Range, check_ranges, forced_words, from_flat_list
 from lite_attention.state import SkipState
 from lite_attention.tiles import TILE_Q
+
+if TYPE_CHECKING:
+    from lite_attention.calibration import Calibration
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +45,8 @@ class LiteAttention(nn.Module):
         threshold: log2 of a weight, at most 0 (see `lite_attention.reference.forward`), -inf for no skipping;
             or float32 (batch,); None until set.
         enable_skipping: whether calls skip; where not, attention is dense and the state stays as it is.
+        meter: measures what skipping costs, computing each call a second time, dense; None for not.
+        pool: where the state is taken from, until `StatePool.end`; None for a state of its own.
     """
 
     def __init__(
@@ -80,6 +90,34 @@ class LiteAttention(nn.Module):
         self._sparsity: Tensor | float | None = None
         self._forced_key: tuple[object, ...] = ()
         self._forced: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.meter: Meter | None = None
+        self.pool: StatePool | None = None
+        self._calibration: Calibration | None = None
+
+    @classmethod
+    def from_calibration(cls, calibration: Calibration | str | Path, layer: str) -> Self:
+        """A layer with the threshold, rule and refresh interval that `lite-attention calibrate` found.
+
+        Args:
+            calibration: or its file.
+            layer: the layer's name in it.
+
+        Raises:
+            OSError, ValueError: the file cannot be read, is no calibration, or knows no such layer. Calls whose keys,
+                heads or head_dim are others than the calibration was made for raise ValueError, too.
+        """
+        from lite_attention.calibration import Calibration
+
+        if not isinstance(calibration, Calibration):
+            calibration = Calibration.load(calibration)
+        if layer not in calibration.thresholds:
+            known = ", ".join(list(calibration.thresholds)[:3])
+            raise ValueError(f"layer: expected one that the calibration knows ({known}, ...), got {layer!r}")
+        attention = cls(
+            calibration.thresholds[layer], rule=calibration.rule, refresh_interval=calibration.refresh_interval
+        )
+        attention._calibration = calibration
+        return attention
 
     @torch.compiler.disable
     def forward(
@@ -203,6 +241,11 @@ class LiteAttention(nn.Module):
         if not self.enable_skipping or (isinstance(self.threshold, float) and self.threshold == -math.inf):
             self._sparsity = 0.0
             return ops.forward(query, key, value, None, None, None, None, None, scale, False, self.rule)
+        shape = Shape(tokens=key.shape[1], heads=query.shape[2], head_dim=query.shape[3])
+        if self._calibration is not None and shape != self._calibration.shape:
+            raise ValueError(
+                f"query, key: expected {self._calibration.shape}, as the calibration was made for, got {shape}"
+            )
         thresholds = self._thresholds(query)
         state = self._state_for(query, key)
         if self.refresh_interval and self._steps % self.refresh_interval == 0:
@@ -211,7 +254,7 @@ class LiteAttention(nn.Module):
         pairs = state.mask.shape[1] * state.mask.shape[2] * state.blocks
         visited = state.pairs_to_visit(must_visit, must_skip).masked_fill(thresholds == -math.inf, pairs)
         self._sparsity = 1.0 - visited.double().mean() / pairs if pairs and len(visited) else 0.0
-        return ops.forward(
+        out, lse = ops.forward(
             query,
             key,
             value,
@@ -224,6 +267,10 @@ class LiteAttention(nn.Module):
             False,
             self.rule,
         )
+        if self.meter is not None:
+            dense = ops.forward(query, key, value, None, None, None, None, None, scale, False, self.rule)
+            self.meter.add(out, lse, *dense, self._sparsity, shape)
+        return out, lse
 
     def _thresholds(self, query: Tensor) -> Tensor:
         batch = query.shape[0]
@@ -243,9 +290,12 @@ class LiteAttention(nn.Module):
                 *state_key,
                 self._state_key or "none",
             )
+            make = functools.partial(
+                SkipState, batch, heads, tokens_q, key.shape[1], rule=self.rule, device=query.device
+            )
             # A state made in inference mode could not be updated outside it.
             with torch.inference_mode(False):
-                self._state = SkipState(batch, heads, tokens_q, key.shape[1], rule=self.rule, device=query.device)
+                self._state = make() if self.pool is None else self.pool.take((*state_key, self.rule), make)
             self._state_key = state_key
             self._steps = 0
         return self._state

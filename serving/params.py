@@ -107,7 +107,7 @@ DENSE: Final = RequestOptions(threshold=-math.inf, enable=False, refresh_interva
 class ServerOptions(RequestOptions):
     """What a request gets that does not say, and the highest threshold that a request may ask for."""
 
-    threshold: Threshold = -7.0
+    threshold: Threshold = -7.5
     enable: Switch = True
     refresh_interval: Steps = 0
     warmup_steps: Steps = 0

@@ -8,6 +8,6 @@ report.plot("sparsity.png")
 """
 
 from lite_attention.backend.diffusers.report import Report
-from lite_attention.backend.diffusers.session import disable, enable, skipping
+from lite_attention.backend.diffusers.session import calibrate, disable, enable, measure, skipping
 
-__all__ = ["Report", "disable", "enable", "skipping"]
+__all__ = ["Report", "calibrate", "disable", "enable", "measure", "skipping"]

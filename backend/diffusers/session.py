@@ -11,8 +11,9 @@ import functools
 import inspect
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from lite_attention.backend.denoising import state_at, text_ranges, valid_keys
 from lite_attention.backend.diffusers import dispatch
 from lite_attention.backend.diffusers.models import FAMILIES, Family, attentions, family_of
 from lite_attention.backend.diffusers.report import Report
+from lite_attention.calibration import Calibration, Target, find
+from lite_attention.costs import Cost, Meter
 from lite_attention.options import Rule
 
 logger = logging.getLogger(__name__)
@@ -39,10 +42,11 @@ _ATTRIBUTE = "_lite_attention_session"
 
 def enable(
     pipeline: DiffusionPipeline,
-    threshold: Threshold = -8.0,
+    threshold: Threshold | None = None,
     *,
-    rule: Rule = "running_max",
-    refresh_interval: int = 0,
+    calibration: Calibration | str | Path | None = None,
+    rule: Rule | None = None,
+    refresh_interval: int | None = None,
     warmup_steps: int = 0,
     cooldown_steps: int = 0,
 ) -> Report:
@@ -53,9 +57,11 @@ def enable(
 
     Args:
         pipeline: with a transformer of `lite_attention.backend.diffusers.models.FAMILIES`, or two of them.
-        threshold: log2 of a weight, or one for each row of a batch; see `LiteAttention.set_threshold`.
-        rule: when a block is cleared; see `lite_attention.reference.forward`.
-        refresh_interval: every so many steps all blocks are visited; 0 for never.
+        threshold: log2 of a weight, or one for each row of a batch; see `LiteAttention.set_threshold`. None for -8.
+        calibration: what `calibrate` found, or its file, instead of threshold, rule and refresh_interval. A generation
+            of another size than it was made for raises ValueError.
+        rule: when a block is cleared; see `lite_attention.reference.forward`. None for running_max.
+        refresh_interval: every so many steps all blocks are visited; 0 or None for never.
         warmup_steps: so many steps at the beginning are dense.
         cooldown_steps: so many steps at the end are dense.
 
@@ -63,20 +69,128 @@ def enable(
         What is skipped, always of the last generation.
 
     Raises:
+        OSError: the calibration's file cannot be read.
         TypeError, ValueError: an option is not what is expected, or the pipeline has no transformer that is known, or
-            shares one with a pipeline that is enabled.
+            shares one with a pipeline that is enabled, or has other layers than the calibration.
     """
+    given = {"threshold": threshold, "rule": rule, "refresh_interval": refresh_interval}
+    given = {name: value for name, value in given.items() if value is not None}
+    if calibration is None:
+        session = _replace_session(pipeline, _maker({"threshold": -8.0} | given), warmup_steps, cooldown_steps)
+    else:
+        for name, value in given.items():
+            raise ValueError(f"{name}: expected None beside calibration, which says it, got {value!r}")
+        found = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
+        make = functools.partial(LiteAttention.from_calibration, found)
+        session = _replace_session(pipeline, make, warmup_steps, cooldown_steps)
+        found.check_layers(session.report.layers)
+    session.install()
+    return session.report
+
+
+def calibrate(
+    pipeline: DiffusionPipeline,
+    run: Callable[[], object],
+    target: str,
+    *,
+    inputs: str,
+    rule: Rule = "running_max",
+    refresh_interval: int = 0,
+    warmup_steps: int = 0,
+    cooldown_steps: int = 0,
+) -> Calibration:
+    """Find a threshold for each layer of a pipeline at which skipping costs what is allowed.
+
+    A generation takes as long as a dense and a skipping one together, for each attention is computed twice. Afterwards
+    the pipeline has its own attention.
+
+    Args:
+        pipeline: as for `enable`.
+        run: generates, from the very same noise each time; called `lite_attention.calibration.ROUNDS` times at most.
+        target: what each layer's cost is to be, ``error=0.05``, ``dropped=0.01`` or ``sparsity=0.5``; see
+            `lite_attention.costs.Cost`.
+        inputs: what `run` generates, for the file.
+
+    Raises:
+        TypeError, ValueError: as `enable`; or a layer did not skip, or layers have different numbers of tokens.
+    """
+    wanted = Target.parse(target)
+    options: dict[str, Any] = {"rule": rule, "refresh_interval": refresh_interval}
+    _maker(options)
+    thresholds: Mapping[str, float] = {}
+
+    def costs_at(moved: Mapping[str, float]) -> dict[str, Cost]:
+        nonlocal thresholds
+        thresholds = moved
+        run()
+        return {layer: meter.read() for layer, meter in meters.items()}
+
+    def make(layer: str) -> LiteAttention:
+        return LiteAttention(thresholds[layer], **options)
+
+    with _metered(pipeline, make, warmup_steps, cooldown_steps) as meters:
+        model = pipeline.name_or_path or type(pipeline).__name__
+        return find(costs_at, meters, wanted, model=model, inputs=inputs, **options)
+
+
+def measure(
+    pipeline: DiffusionPipeline,
+    run: Callable[[], object],
+    calibration: Calibration,
+    *,
+    warmup_steps: int = 0,
+    cooldown_steps: int = 0,
+) -> dict[str, Cost]:
+    """What skipping costs each layer of a pipeline in what `run` generates, with the thresholds of a calibration.
+
+    Raises:
+        TypeError, ValueError: as `enable`.
+    """
+    make = functools.partial(LiteAttention.from_calibration, calibration)
+    with _metered(pipeline, make, warmup_steps, cooldown_steps) as meters:
+        calibration.check_layers(meters)
+        run()
+        return {layer: meter.read() for layer, meter in meters.items()}
+
+
+@contextmanager
+def _metered(
+    pipeline: DiffusionPipeline, make: Callable[[str], LiteAttention], warmup_steps: int, cooldown_steps: int
+) -> Iterator[dict[str, Meter]]:
+    """A pipeline whose layers, made by name, are measured."""
+    meters: dict[str, Meter] = {}
+
+    def metered(layer: str) -> LiteAttention:
+        attention = make(layer)
+        attention.meter = meters[layer]
+        return attention
+
+    session = _replace_session(pipeline, metered, warmup_steps, cooldown_steps)
+    meters.update((layer, Meter()) for layer in session.report.layers)
+    session.install()
+    try:
+        yield meters
+    finally:
+        disable(pipeline)
+
+
+def _maker(options: dict[str, Any]) -> Callable[[str], LiteAttention]:
+    """Makes the same attention for every layer. An option that is not right is an error now, not in the first step."""
+    LiteAttention(**options)
+    return lambda _layer: LiteAttention(**options)
+
+
+def _replace_session(
+    pipeline: DiffusionPipeline, make: Callable[[str], LiteAttention], warmup_steps: int, cooldown_steps: int
+) -> _Session:
+    """A session, not installed yet, in place of any that is; for the options see `enable`."""
     for name, steps in (("warmup_steps", warmup_steps), ("cooldown_steps", cooldown_steps)):
         if isinstance(steps, bool) or not isinstance(steps, int):
             raise TypeError(f"{name}: expected an int, got {type(steps).__name__} {steps!r}")
         if steps < 0:
             raise ValueError(f"{name}: expected 0 or more, got {steps}")
-    make = functools.partial(LiteAttention, threshold, rule=rule, refresh_interval=refresh_interval)
-    make()  # an option that is not right is an error now, not in the first step
     disable(pipeline)
-    session = _Session(pipeline, make, warmup_steps, cooldown_steps)
-    session.install()
-    return session.report
+    return _Session(pipeline, make, warmup_steps, cooldown_steps)
 
 
 def disable(pipeline: DiffusionPipeline) -> None:
@@ -87,7 +201,7 @@ def disable(pipeline: DiffusionPipeline) -> None:
 
 
 @contextmanager
-def skipping(pipeline: DiffusionPipeline, threshold: Threshold = -8.0, **options: Any) -> Iterator[Report]:
+def skipping(pipeline: DiffusionPipeline, threshold: Threshold | None = None, **options: Any) -> Iterator[Report]:
     """`enable` for the length of a `with` statement."""
     report = enable(pipeline, threshold, **options)
     try:
@@ -150,7 +264,7 @@ class _Layer(ModelHook):
         """This branch's state, without what is too old."""
         branch = self.transformer.branch
         assert branch is not None
-        return state_at(self.attentions, branch, step, self.transformer.session.make)
+        return state_at(self.attentions, branch, step, lambda: self.transformer.session.make(self.name))
 
     def _note(self, step: int, share: Tensor | float | None) -> None:
         branch = self.transformer.branch or "no branch"
@@ -262,6 +376,7 @@ class _Session:
     """LiteAttention in one pipeline.
 
     Attributes:
+        make: makes the attention of a layer, by its name.
         steps: that a generation has begun, by branch, over all transformers.
         total_steps: of the generation.
     """
@@ -269,7 +384,7 @@ class _Session:
     def __init__(
         self,
         pipeline: DiffusionPipeline,
-        make: functools.partial[LiteAttention],
+        make: Callable[[str], LiteAttention],
         warmup_steps: int,
         cooldown_steps: int,
     ) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lite_attention.backend.omni.execution import Request, executing
+from lite_attention.backend.omni.execution import Request, executing, pooled_bytes
 from lite_attention.backend.vllm.plugin import metrics_directory
 from lite_attention.backend.wrapping import wrap
 from lite_attention.serving import metrics
@@ -28,12 +28,11 @@ TESTED_VERSIONS = ("0.30",)
 
 _DUMMY = DenoiseOptions(threshold=0.0, enable=False, refresh_interval=0, warmup_steps=0, cooldown_steps=0)
 
-_server = DenoiseServerOptions()
 _counters: metrics.StepCounters | None = None
 
 
 def install(config: Any) -> None:
-    """Wrap this process's runner and engine, and read the server's options. Idempotent.
+    """Wrap this process's runner and engine, and check the server's options. Idempotent.
 
     Args:
         config: vLLM-Omni's configuration of a diffusion stage; None where there is none.
@@ -42,8 +41,8 @@ def install(config: Any) -> None:
         ValueError: an option of the server cannot be used.
         RuntimeError: this vLLM-Omni lacks what is to be wrapped.
     """
-    global _server, _counters
-    _server = DenoiseServerOptions.from_additional_config(getattr(config, "additional_config", None))
+    global _counters
+    _server_options(config)
     if _counters is not None:
         return
     from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
@@ -60,10 +59,15 @@ def install(config: Any) -> None:
     metrics.register(directory)
 
 
-def _parse(request: Any) -> Request:
+def _server_options(config: Any) -> DenoiseServerOptions:
+    return DenoiseServerOptions.from_additional_config(getattr(config, "additional_config", None))
+
+
+def _parse(runner: Any, request: Any) -> Request:
     params = request.sampling_params
     dummy = request.is_dummy_run_request_id(request.request_id)
-    options = _DUMMY if dummy else parse_denoise_request(params.extra_args, _server)
+    server = _server_options(runner.od_config)
+    options = _DUMMY if dummy else parse_denoise_request(params.extra_args, server)
     return Request(request.request_id, options, params.num_outputs_per_prompt or 1)
 
 
@@ -77,18 +81,19 @@ def _refusal(error: LiteParamError) -> Any:
 @contextmanager
 def _running(pipeline: Any, requests: list[Request]) -> Iterator[None]:
     """`executing`, counted."""
-    assert _counters is not None
-    _counters.set_active_slots(sum(request.options.skips for request in requests))
+    counters = _counters
+    assert counters is not None
+    counters.set_active_slots(sum(request.options.skips for request in requests))
     try:
-        with executing(pipeline, requests):
+        with executing(pipeline, requests, lambda: counters.set_state_bytes(pooled_bytes())):
             yield
     finally:
-        _counters.set_active_slots(0)
+        counters.set_active_slots(0)
 
 
 def _execute_model(original: Callable[..., Any], self: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     try:
-        request = _parse(req)
+        request = _parse(self, req)
     except LiteParamError as error:
         return _refusal(error)
     with _running(self.pipeline, [request]):
@@ -107,7 +112,7 @@ def _execute_model_batch(
     outputs: dict[str, Any] = {}
     for new in scheduled:
         try:
-            requests.append(_parse(new.req))
+            requests.append(_parse(self, new.req))
         except LiteParamError as error:
             refusal = _refusal(error)
             outputs[new.request_id] = RunnerOutput(

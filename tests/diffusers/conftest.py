@@ -74,12 +74,10 @@ def generate() -> Callable[..., torch.Tensor]:
         noise = torch.Generator().manual_seed(seed)
         prompt, negative = torch.randn(2, 1, TEXT, 32, generator=noise).unbind(0)
         defaults = {"guidance_scale": 3.0, "num_inference_steps": STEPS}
+        defaults |= {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES}
         return pipeline(  # type: ignore[no-any-return]
             prompt_embeds=prompt,
             negative_prompt_embeds=negative,
-            height=HEIGHT,
-            width=WIDTH,
-            num_frames=FRAMES,
             generator=noise,
             output_type="latent",
             **(defaults | options),

@@ -30,7 +30,7 @@ names = st.sampled_from(KNOWN) | st.text(max_size=12).map("lite_attn_".__add__) 
 
 
 def test_defaults_of_the_server() -> None:
-    expected = RequestOptions(threshold=-7.0, enable=True, refresh_interval=0, warmup_steps=0)
+    expected = RequestOptions(threshold=-7.5, enable=True, refresh_interval=0, warmup_steps=0)
     assert parse_request(None, SERVER) == expected
     assert parse_request({}, SERVER) == expected
     assert parse_request({"top_a": 1, "liteattn": "x", 3: 4}, SERVER) == expected

@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder from `lite-attention model smollm2`")
     parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 4096, 7900], help="tokens of the haystack")
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[-5, -6, -7], help="beside dense decoding")
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[-5, -6, -7, -7.5], help="beside dense decoding")
     parser.add_argument("--needles", type=int, default=10, help=f"for each context, at most {len(CITIES)}")
     parser.add_argument("--seed", type=int, default=0, help="of numbers and depths")
     args = parser.parse_args()
