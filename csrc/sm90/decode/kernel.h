@@ -106,7 +106,8 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
             bool matters[kSegmentWords];
             CUTLASS_PRAGMA_UNROLL
             for (int w = 0; w < kSegmentWords; ++w) {
-                matters[w] = place.forced(block_of(w)) || (__shfl_sync(~0u, mattered, w) >> lane & 1);
+                uint32_t const word = __shfl_sync(~0u, mattered, w);  // by all lanes, so not behind `||`
+                matters[w] = place.forced(block_of(w)) || (word >> lane & 1);
             }
 #pragma unroll 2
             for (int head = 0; head < heads; head += 2) {
