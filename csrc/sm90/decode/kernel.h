@@ -30,14 +30,12 @@ CUTLASS_DEVICE void for_each_unit(SharedStorage<Config>& shared, Action action) 
 // will probably visit. A number from `units` on means that there are no more.
 template <class Config>
 CUTLASS_DEVICE int draw_unit(SharedStorage<Config>& shared, uint32_t* drawn, uint32_t n, int units, int expected) {
-    auto& turn = *static_cast<uint32_t volatile*>(&shared.turn);
-    auto& backlog = *static_cast<int volatile*>(&shared.backlog);
-    while (turn != n || backlog >= kBacklog) { __nanosleep(100); }
+    while (atomicAdd(&shared.turn, 0) != n || atomicAdd(&shared.backlog, 0) >= kBacklog) { __nanosleep(100); }
     cudaGridDependencySynchronize();  // the counter is zero
     int const index = Config::kPlanners * gridDim.x + atomicAdd(drawn, 1);
     if (index < units) { atomicAdd(&shared.backlog, expected); }
     __threadfence_block();
-    turn = n + 1;
+    atomicExch(&shared.turn, n + 1);
     return index;
 }
 
