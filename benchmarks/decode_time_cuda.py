@@ -117,7 +117,7 @@ class Case:
             torch.zeros(self.rows, dtype=torch.bool, device=DEVICE),
             mask,
             HEAD_DIM**-0.5,
-            torch.zeros(size, dtype=torch.uint8, device=DEVICE),
+            torch.empty(size, dtype=torch.uint8, device=DEVICE),
         )
         decode_cuda.decode_into(*arguments)
         read = float(visited.sum()) / (self.rows * KV_HEADS * self.blocks)

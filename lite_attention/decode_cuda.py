@@ -9,9 +9,6 @@ from lite_attention.native.cuda import DTYPES, MAX_HEAD_DIM
 MAX_GROUP = 16
 MAX_ROWS = 1024
 
-COUNTER_BYTES = 4
-"""The part of a workspace, its first, that is zero before a call and again after it."""
-
 
 def check_supported(dtype: torch.dtype, head_dim: int, group: int, device: torch.device) -> None:
     """Check that the kernels take queries of that type and head_dim, ``group`` query heads a key head, on that device.
@@ -84,7 +81,6 @@ def decode(
     max_tokens = block_table.shape[1] * key_cache.shape[1]
     size = workspace_bytes(rows, heads, kv_heads, head_dim, max_tokens)
     workspace = torch.empty(size, dtype=torch.uint8, device=query.device)
-    workspace[:COUNTER_BYTES].zero_()
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(rows, heads, dtype=torch.float32, device=query.device)
     visited = torch.zeros(rows, dtype=torch.int32, device=query.device)
@@ -136,8 +132,7 @@ def decode_into(
         out: (rows, heads, head_dim), written; type of the query, last dimension contiguous.
         lse: (rows, heads) float32 contiguous, written.
         visited: (rows,) int32, added to.
-        workspace: uint8, at least `workspace_bytes`, zeros before the first call in it. Calls that run one after the
-            other can share it.
+        workspace: uint8, at least `workspace_bytes`, whatever is in it. Calls that follow one another can share it.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `check_supported` says.

@@ -12,7 +12,6 @@
 | worker, on GPUs | `GPUModelRunner.initialize_kv_cache`, of both model runners | summaries beside the KV cache |
 | worker, on GPUs | `Worker.determine_available_memory` | the summaries' part of the KV cache's memory |
 | worker, on GPUs | `Worker.compile_or_warm_up_model` | requests that vLLM invents to warm up are not counted |
-| worker, on GPUs | `Worker.wake_up` | what has to be zero for the decode kernel is again after a sleep |
 | worker | `WorkerBase.lite_attn_take_stats` (new) | sparsity of each request, asked for by the front end |
 
 A wrapped attribute that is missing fails at start-up.
@@ -81,7 +80,6 @@ def install_gpu_worker_hooks() -> None:
         _wrap(runner, "initialize_kv_cache", _allocate_summaries)
     _wrap(Worker, "determine_available_memory", _leave_memory_for_summaries)
     _wrap(Worker, "compile_or_warm_up_model", _warm_up)
-    _wrap(Worker, "wake_up", _wake_up)
 
 
 def _route_cpu_platform(platform: Any, member: Enum) -> None:
@@ -254,14 +252,6 @@ def _warm_up(original: Callable[..., Any], self: Any) -> Any:
         return original(self)
     finally:
         self.model_runner.lite_attn_warms_up = False
-
-
-def _wake_up(original: Callable[..., None], self: Any, tags: list[str] | None = None) -> None:
-    original(self, tags)
-    if tags is None or "weights" in tags:
-        # Our memory counts as weights, and a sleep of level 2 does not keep those.
-        for layer in state.skipping_layers(self.vllm_config).values():
-            layer.impl.launches.restart()
 
 
 def _take_stats(worker: Any) -> dict[str, tuple[int, int]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lite_attention.backend.vllm.steps import Wave
-from lite_attention.decode_cuda import COUNTER_BYTES, MAX_ROWS, workspace_bytes
+from lite_attention.decode_cuda import MAX_ROWS, workspace_bytes
 from lite_attention.tiles import ceil_div
 
 MAX_WORKSPACE_BYTES = 2**29
@@ -55,7 +55,7 @@ class Launches:
 
     Attributes:
         fields: of the rows of a batch in which every row has one token.
-        workspace: uint8, zeros before the first launch; see `lite_attention.decode_cuda.decode_into`.
+        workspace: uint8; see `lite_attention.decode_cuda.decode_into`.
         lse: float32, written by the kernel and read by nobody.
 
     Args:
@@ -77,11 +77,6 @@ class Launches:
         self.workspace = _at_least(self.workspace, workspace_bytes(rows, heads, kv_heads, head_dim, max_tokens))
         self.lse = _at_least(self.lse, rows * heads)
         return rows
-
-    @torch.inference_mode()
-    def restart(self) -> None:
-        """The memory was taken away and given back, whatever is in it now."""
-        self.workspace[:COUNTER_BYTES].zero_()
 
     def memory_bytes(self) -> int:
         return self.fields.buffer.nbytes + self.workspace.nbytes + self.lse.nbytes

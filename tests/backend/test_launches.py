@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from lite_attention.backend.requests import SCRATCH_SLOT, DecodeToken
 from lite_attention.backend.vllm import launches
 from lite_attention.backend.vllm.launches import Launches, RowFields
-from lite_attention.backend.vllm.state import LayerState
 from lite_attention.backend.vllm.steps import Wave
-from lite_attention.decode_cuda import COUNTER_BYTES, MAX_ROWS
+from lite_attention.decode_cuda import MAX_ROWS
 
 ROWS = 9
 
@@ -92,17 +91,3 @@ def test_the_layers_of_an_engine_share_their_launches(seqs: int, capture: int | 
     assert launches.of_engine(config(first, seqs, capture), device) is ours
     assert launches.of_engine(config(second, seqs, capture), device) is not ours
     assert ours.fields.rows == rows
-
-
-@pytest.mark.parametrize(("tags", "zero"), [(None, True), (["weights"], True), (["kv_cache"], False)])
-def test_after_a_sleep_the_decode_kernel_finds_its_counter_zero(tags: list[str] | None, zero: bool) -> None:
-    hooks = pytest.importorskip("lite_attention.backend.vllm.hooks", exc_type=ImportError)
-    shared = Launches({}, ROWS, torch.device("cpu"))
-    shared.workspace = torch.full((64,), 7, dtype=torch.uint8)
-    state = LayerState(slots=2, kv_heads=1, max_tokens=64)
-    layers = {"a": SimpleNamespace(impl=SimpleNamespace(state=state, launches=shared)), "b": SimpleNamespace()}
-    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
-    woken = []
-    hooks._wake_up(lambda worker, tags: woken.append(tags), SimpleNamespace(vllm_config=config), tags=tags)
-    assert woken == [tags]
-    assert (shared.workspace[:COUNTER_BYTES].sum() == 0) == zero

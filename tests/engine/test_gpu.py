@@ -141,7 +141,8 @@ def assert_same(
 @pytest.mark.parametrize("v2", [False, True])
 def test_requests_that_do_not_skip_get_the_tokens_of_stock_attention(random_model: str, v2: bool, dtype: str) -> None:
     lengths = (20, 33, 127, 300, 700, 1500, 3000, 6000)
-    settings = {"max_model_len": 8192, "dtype": dtype}
+    # A prompt that lies in the prefix cache up to its last token is computed differently, which shows in the last bits.
+    settings = {"max_model_len": 8192, "dtype": dtype, "enable_prefix_caching": False}
     stock = in_engine(
         logprobs, random_model, "FLASH_ATTN", v2, [Job(n, {}, max_tokens=48, logprobs=2) for n in lengths], **settings
     )

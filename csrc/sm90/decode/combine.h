@@ -1,21 +1,23 @@
 // SPDX-License-Identifier: MIT
-// The third kernel of a decode step: a thread block for each sequence and key head puts the segments together, in their order,
-// and notes in the state which blocks mattered.
+// The end of a sequence's key head: whoever attends to its last segment puts all of them together, in their order, and notes in the
+// state which blocks mattered. Runs in the consumers.
 #pragma once
 
-#include "kernel.h"
+#include "storage.h"
 
 namespace lite_attention::sm90 {
 
 // Sets the bits of the blocks that were visited: whether the share of a query head was above the threshold. The number of
-// blocks that this warp saw visited. `lse`: of the query heads, in log2 units.
+// blocks that this warp saw visited. `lse`: of the query head lane % heads, in log2 units.
+template <class Config>
 CUTLASS_DEVICE int update_mask(
-    int32_t* mask, uint32_t const* visited, float const* masses, float const* lse, int words, int group, float threshold) {
+    int32_t* mask, uint32_t const* visited, float const* masses, float lse, int words, int group, int heads, float threshold) {
     int const lane = threadIdx.x % kWarp;
+    float const limit = lane % heads < group ? threshold + lse : INFINITY;
     // Several words at a time: each takes long to come.
-    constexpr int kAtOnce = 4;
+    constexpr int kAtOnce = 8;
     int count = 0;
-    for (int first = threadIdx.x / kWarp * kAtOnce; first < words; first += kCombiners * kAtOnce) {
+    for (int first = threadIdx.x / kWarp % Config::kConsumers * kAtOnce; first < words; first += Config::kConsumers * kAtOnce) {
         uint32_t visits[kAtOnce];
         uint32_t before[kAtOnce];
         bool keeps[kAtOnce] = {};
@@ -24,12 +26,15 @@ CUTLASS_DEVICE int update_mask(
             visits[i] = first + i < words ? visited[first + i] : 0;
             before[i] = first + i < words ? mask[first + i] : 0;
         }
-        for (int head = 0; head < group; ++head) {
+        for (int head = 0; head < heads; head += 2) {
+            float const low = __shfl_sync(~0u, limit, head);
+            float const high = __shfl_sync(~0u, limit, head + 1);
             CUTLASS_PRAGMA_UNROLL
             for (int i = 0; i < kAtOnce; ++i) {
                 if (visits[i] >> lane & 1) {
-                    int const block = (first + i) * kWordBlocks + lane;
-                    keeps[i] |= masses[static_cast<int64_t>(block) * group + head] - lse[head] > threshold;
+                    int64_t const block = (first + i) * kWordBlocks + lane;
+                    float2 const mass = *reinterpret_cast<float2 const*>(masses + block * heads + head);
+                    keeps[i] |= mass.x > low || mass.y > high;
                 }
             }
         }
@@ -43,67 +48,71 @@ CUTLASS_DEVICE int update_mask(
     return count;
 }
 
-template <class Element>
-__global__ void __launch_bounds__(kCombiners * kWarp) combine_kernel(__grid_constant__ KernelParams const params) {
-    __shared__ float shared_lse[kMaxGroup];
+template <class Config>
+CUTLASS_DEVICE void combine(KernelParams const& params, Unit<Config> const& unit, int64_t pair, int thread) {
+    using Element = typename Config::Element;
+    constexpr int kThreads = Config::kConsumers * kWarp;
     DecodeParams const& call = params.call;
     Workspace const& workspace = params.workspace;
     int const group = params.group;
-    int const kv_head = blockIdx.x;
-    int const row = blockIdx.y;
-    int const thread = threadIdx.x;
+    int const heads = workspace.heads;
     int const lane = thread % kWarp;
-    int const length = max(0, call.seq_lens[row]);
-    float const threshold = call.thresholds[row];
-    int const slot = call.slots[row];
-    bool const tracked = threshold != -INFINITY && length > 0;
-    int const segments = segments_of(length);
-    int64_t const pair = static_cast<int64_t>(row) * call.kv_heads + kv_head;
-    float const* const lses = workspace.lse + pair * workspace.segments * group;
-    cudaGridDependencySynchronize();
-    if (row == 0 && kv_head == 0 && thread == 0) { *workspace.drawn = 0; }
+    int const segments = segments_of(unit.length);
+    float const* const lses = workspace.lse + pair * workspace.segments * heads;
+    float const lse = sum_segments(lses, segments, heads);
+    if (thread < group) { call.lse[static_cast<int64_t>(unit.row) * call.heads + unit.kv_head * group + thread] = lse * kLn2; }
 
-    for (int head = thread / kWarp; head < group; head += kCombiners) {
-        float largest = -INFINITY;
-        for (int i = lane; i < segments; i += kWarp) { largest = fmaxf(largest, lses[i * group + head]); }
-        largest = join_lanes(largest, fmaxf);
-        float const offset = largest == -INFINITY ? 0.0f : largest;
-        float sum = 0.0f;
-        for (int i = lane; i < segments; i += kWarp) { sum += exp2f(lses[i * group + head] - offset); }
-        float const lse = offset + log2f(join_lanes(sum, add));
-        if (lane == 0) {
-            shared_lse[head] = lse;
-            call.lse[static_cast<int64_t>(row) * call.heads + kv_head * group + head] = lse * kLn2;
-        }
-    }
-    __syncthreads();
-
-    int const items = call.head_dim * group;
-    float const* const outs = workspace.out + pair * workspace.segments * items;
-    Element* const out =
-        static_cast<Element*>(call.out) + row * call.out_row_stride + kv_head * group * call.out_head_stride;
-    for (int item = thread; item < items; item += kCombiners * kWarp) {
-        int const head = item % group;
-        float const lse = shared_lse[head];
-        float sum = 0.0f;
+    // A thread has the same pair of heads in all of its channels.
+    int const head_pairs = heads / 2;
+    static_assert(kThreads % (kMaxGroup / 2) == 0);
+    int const head = thread % head_pairs * 2;
+    float2 const lse_of_heads{__shfl_sync(~0u, lse, head), __shfl_sync(~0u, lse, head + 1)};
+    int const items = call.head_dim * head_pairs;
+    auto const* const parts = reinterpret_cast<float2 const*>(workspace.out) + pair * workspace.segments * items;
+    Element* const out = static_cast<Element*>(call.out) + unit.row * call.out_row_stride +
+                         (unit.kv_head * group + head) * call.out_head_stride;
+    for (int item = thread; item < items; item += kThreads) {
+        float2 sum{};
 #pragma unroll 8
         for (int i = 0; i < segments; ++i) {
-            float const of_segment = lses[i * group + head];
-            float const part = outs[static_cast<int64_t>(i) * items + item];
-            sum += of_segment == -INFINITY ? 0.0f : exp2f(of_segment - lse) * part;
+            float2 const of_segment = *reinterpret_cast<float2 const*>(lses + i * heads + head);
+            float2 const part = parts[static_cast<int64_t>(i) * items + item];
+            // A segment of which nothing was visited has left nothing.
+            sum.x += of_segment.x == -INFINITY ? 0.0f : exp2f(of_segment.x - lse_of_heads.x) * part.x;
+            sum.y += of_segment.y == -INFINITY ? 0.0f : exp2f(of_segment.y - lse_of_heads.y) * part.y;
         }
-        out[head * call.out_head_stride + item / group] = static_cast<Element>(sum);
+        int const channel = item / head_pairs;
+        if (head < group) { out[channel] = static_cast<Element>(sum.x); }
+        if (head + 1 < group) { out[call.out_head_stride + channel] = static_cast<Element>(sum.y); }
     }
 
-    int const blocks = ceil_div(length, kDecodeBlock);
+    int const blocks = ceil_div(unit.length, kDecodeBlock);
     int visited = thread == 0 ? blocks : 0;
-    if (tracked) {
-        visited = update_mask(
-            call.mask + slot * call.mask_slot_stride + kv_head * call.mask_head_stride,
-            workspace.visited + pair * workspace.words, workspace.masses + pair * workspace.words * kWordBlocks * group,
-            shared_lse, ceil_div(blocks, kWordBlocks), group, threshold);
+    if (unit.tracked) {
+        visited = update_mask<Config>(
+            call.mask + call.slots[unit.row] * call.mask_slot_stride + unit.kv_head * call.mask_head_stride,
+            workspace.visited + pair * workspace.words, workspace.masses + pair * workspace.words * kWordBlocks * heads, lse,
+            ceil_div(blocks, kWordBlocks), group, heads, call.thresholds[unit.row]);
     }
-    if (lane == 0 && visited > 0) { atomicAdd(&call.visited[row], visited); }
+    if (lane == 0 && visited > 0) { atomicAdd(&call.visited[unit.row], visited); }
+}
+
+// Called when a segment is attended to, and what is left of it is in the workspace.
+template <class Config>
+CUTLASS_DEVICE void end_segment(
+    KernelParams const& params, SharedStorage<Config>& shared, Unit<Config> const& unit, int thread) {
+    int64_t const pair = static_cast<int64_t>(unit.row) * params.call.kv_heads + unit.kv_head;
+    sync_consumers<Config>();
+    if (thread == 0) {
+        cudaGridDependencySynchronize();  // the counter is zero
+        __threadfence();
+        shared.last = atomicAdd(&params.workspace.ended[pair], 1) == segments_of(unit.length) - 1;
+    }
+    sync_consumers<Config>();
+    if (shared.last) {
+        __threadfence();
+        combine(params, unit, pair, thread);
+    }
 }
 
 }  // namespace lite_attention::sm90

@@ -19,7 +19,6 @@ constexpr int kPlane = 64;    // channels that lie side by side in shared memory
 constexpr int kSegmentWords = kSegmentBlocks / kWordBlocks;
 // Blocks that may be listed and not fetched yet when a thread block takes more work: who takes it early may end last.
 constexpr int kBacklog = 192;
-constexpr int kCombiners = 16;  // warps that put the segments of a sequence's head together
 constexpr int kSharedBytes = 227 * 1024;
 
 template <int kHeadDim_, class Element_, int kHeadTiles_>
@@ -35,8 +34,9 @@ struct Config {
     // Warps that list what to visit, each a unit of work of its own. One more, and the consumers had 40 registers less.
     static constexpr int kPlanners = 3;
     static constexpr int kThreads = (kConsumers + kPlanners + 1) * kWarp;
-    // Warps of the kernel that estimates, each for a word of blocks of a segment.
-    static constexpr int kEstimators = kSegmentWords;
+    // The kernel that estimates: warps of a thread block, and thread blocks that a multiprocessor has registers for.
+    static constexpr int kEstimators = 8;
+    static constexpr int kEstimateBlocks = kHeadDim * kHeadTiles <= 128 ? 2 : 1;
 
     // Channels whose sums over the warps are taken at a time.
     static constexpr int kSlice = kPlane;
@@ -48,7 +48,7 @@ struct Config {
     static constexpr int kStageElements = kDecodeBlock * kHeadDim;
     static constexpr int kStageBytes = 2 * kStageElements * 2;
     static constexpr int kOtherBytes =
-        kPlanners * (8 * kSegmentBlocks + 2 * kHeads * kQueryRow + 4 * kHeads) +
+        kPlanners * (8 * kSegmentBlocks + 2 * kHeads * kQueryRow) +
         kConsumers * kSlice * kHeadTile * 4 + kMaxRows * 4 + 4096;
     static constexpr int kStages =
         std::min(40, (kSharedBytes - kOtherBytes) / kStageBytes / kConsumers * kConsumers);

@@ -2,8 +2,8 @@
 // Compiled once for each head size (LITE_HEAD_DIM) and type (LITE_BFLOAT16).
 #include "../common/device.h"
 #include "../common/tensor_map.h"
-#include "combine.h"
 #include "estimate.h"
+#include "kernel.h"
 #include "launch.h"
 #include "workspace.h"
 
@@ -35,14 +35,16 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     auto* const memory = static_cast<uint8_t*>(params.workspace);
     kernel_params.call = params;
     kernel_params.workspace = {
-        reinterpret_cast<int32_t*>(memory),
+        reinterpret_cast<uint32_t*>(memory),
+        reinterpret_cast<uint32_t*>(memory + layout.ended),
         reinterpret_cast<uint32_t*>(memory + layout.visited),
         reinterpret_cast<float*>(memory + layout.expected),
         reinterpret_cast<float*>(memory + layout.masses),
         reinterpret_cast<float*>(memory + layout.lse),
         reinterpret_cast<float*>(memory + layout.out),
         layout.words,
-        layout.segments};
+        layout.segments,
+        layout.heads};
     kernel_params.group = params.heads / params.kv_heads;
     kernel_params.scale_log2 = params.scale * kLog2E;
 
@@ -50,8 +52,9 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     int const estimate_bytes = static_cast<int>(sizeof(EstimateStorage<Config>) + params.rows * sizeof(int));
     int const attend_bytes = static_cast<int>(sizeof(SharedStorage<Config>) + params.rows * sizeof(int));
     int64_t const units = static_cast<int64_t>(layout.segments) * params.kv_heads * params.rows;
-    auto const thread_blocks = [&](int on_each) { return static_cast<unsigned>(std::min<int64_t>(units, on_each * processors())); };
-    constexpr int kEstimateBlocks = 4;  // thread blocks of the first kernel on a processor
+    auto const thread_blocks = [&](int units_of_each, int on_each) {
+        return static_cast<unsigned>(std::min<int64_t>((units + units_of_each - 1) / units_of_each, on_each * processors()));
+    };
 
     cudaError_t error =
         cudaFuncSetAttribute(estimate_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, estimate_bytes);
@@ -59,30 +62,23 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
         error = cudaFuncSetAttribute(attend_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, attend_bytes);
     }
     if (error == cudaSuccess) {
-        estimate_kernel<Config><<<thread_blocks(kEstimateBlocks), Config::kEstimators * kWarp, estimate_bytes, stream>>>(
-            kernel_params);
+        unsigned const grid = thread_blocks(Config::kEstimators, Config::kEstimateBlocks);
+        estimate_kernel<Config><<<grid, Config::kEstimators * kWarp, estimate_bytes, stream>>>(kernel_params);
         error = cudaGetLastError();
     }
-    // Begins while the kernel before still runs, and waits where it needs it.
-    auto launch_early = [&](auto kernel, dim3 grid, int threads, int shared_bytes) {
+    if (error == cudaSuccess) {
+        // Begins while the kernel before still runs, and waits where it needs it.
         cudaLaunchAttribute early{};
         early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         early.val.programmaticStreamSerializationAllowed = 1;
         cudaLaunchConfig_t config{};
-        config.gridDim = grid;
-        config.blockDim = threads;
-        config.dynamicSmemBytes = shared_bytes;
+        config.gridDim = thread_blocks(1, 1);
+        config.blockDim = Config::kThreads;
+        config.dynamicSmemBytes = attend_bytes;
         config.stream = stream;
         config.attrs = &early;
         config.numAttrs = 1;
-        return cudaLaunchKernelEx(&config, kernel, kernel_params);
-    };
-    if (error == cudaSuccess) {
-        error = launch_early(attend_kernel<Config>, dim3(thread_blocks(1)), Config::kThreads, attend_bytes);
-    }
-    if (error == cudaSuccess) {
-        error = launch_early(
-            combine_kernel<typename Config::Element>, dim3(params.kv_heads, params.rows), kCombiners * kWarp, 0);
+        error = cudaLaunchKernelEx(&config, attend_kernel<Config>, kernel_params);
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -6,15 +6,10 @@
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
-#include "storage.h"
+#include "combine.h"
+#include "mma.h"
 
 namespace lite_attention::sm90 {
-
-template <class Config>
-CUTLASS_DEVICE void sync_consumers() {
-    // CUTLASS counts from the first barrier that it leaves to others: not __syncthreads', which is the hardware's 0.
-    cutlass::arch::NamedBarrier::sync(Config::kConsumers * kWarp, 0);
-}
 
 // The units of a thread block in their order, for those who work on what the planners list: the n-th is planner n modulo
 // kPlanners'. `action` gets the unit.
@@ -26,8 +21,7 @@ CUTLASS_DEVICE void for_each_unit(SharedStorage<Config>& shared, Action action) 
         Unit<Config> const& unit = shared.unit[planner];
         if (unit.row < 0) { break; }
         action(unit);
-        __syncwarp();
-        if (threadIdx.x % kWarp == 0) { Barrier::arrive(&shared.units.empty[planner]); }
+        Barrier::arrive(&shared.units.empty[planner]);
     }
 }
 
@@ -35,47 +29,28 @@ CUTLASS_DEVICE void for_each_unit(SharedStorage<Config>& shared, Action action) 
 // otherwise who fetches unit n could wait for it while its planner waits for later ones to be fetched. `expected`: blocks that it
 // will probably visit. A number from `units` on means that there are no more.
 template <class Config>
-CUTLASS_DEVICE int draw_unit(SharedStorage<Config>& shared, int32_t* drawn, uint32_t n, int units, int expected) {
-    auto& turn = *static_cast<uint32_t volatile*>(&shared.turn);
-    auto& backlog = *static_cast<int volatile*>(&shared.backlog);
-    while (turn != n || backlog >= kBacklog) { __nanosleep(100); }
+CUTLASS_DEVICE int draw_unit(SharedStorage<Config>& shared, uint32_t* drawn, uint32_t n, int units, int expected) {
+    while (atomicAdd(&shared.turn, 0) != n || atomicAdd(&shared.backlog, 0) >= kBacklog) { __nanosleep(100); }
+    cudaGridDependencySynchronize();  // the counter is zero
     int const index = Config::kPlanners * gridDim.x + atomicAdd(drawn, 1);
     if (index < units) { atomicAdd(&shared.backlog, expected); }
     __threadfence_block();
-    turn = n + 1;
+    atomicExch(&shared.turn, n + 1);
     return index;
 }
 
-// Sets limits[head], the least log2 of a mass that is worth a visit: threshold and log2 of the mass that all blocks probably have.
-// Runs in a warp.
-CUTLASS_DEVICE void set_limits(Workspace const& workspace, Place const& place, int group, float* limits) {
-    int const lane = threadIdx.x % kWarp;
-    int const segments = segments_of(place.length);
-    float const* const expected = workspace.expected + place.pair * workspace.segments * group;
-    for (int head = 0; head < group; ++head) {
-        float largest = -INFINITY;
-        for (int i = lane; i < segments; i += kWarp) { largest = fmaxf(largest, expected[i * group + head]); }
-        largest = join_lanes(largest, fmaxf);
-        float sum = 0.0f;
-        for (int i = lane; i < segments; i += kWarp) { sum += exp2f(expected[i * group + head] - largest); }
-        sum = join_lanes(sum, add);
-        if (lane == 0) { limits[head] = place.threshold + largest + log2f(sum); }
-    }
-    __syncwarp();
-}
-
-// Lists what units of work visit. Runs in kPlanners warps.
+// Lists what units of work visit. Runs in kPlanners warps. What is read of the device's memory is asked for at once as far as can be.
 template <class Config>
 CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shared) {
+    using Element = typename Config::Element;
     DecodeParams const& call = params.call;
     Workspace const& workspace = params.workspace;
     int const warp = threadIdx.x / kWarp;
     int const lane = threadIdx.x % kWarp;
     int const blocks_of_page = call.page_size / kDecodeBlock;
-    int const group = params.group;
+    int const heads = workspace.heads;
     int const units = shared.first_unit[call.rows];
     Unit<Config>& unit = shared.unit[warp];
-    float* const limits = shared.limits[warp];
 
     int expected = 0;  // blocks that are in the backlog before they are listed
     int total = 0;
@@ -88,43 +63,75 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
             index = __shfl_sync(~0u, index, 0);
         }
         if (index >= units) {
-            if (lane == 0) {
-                unit.row = -1;
-                Barrier::arrive(&shared.units.full[warp]);
-            }
+            if (lane == 0) { unit.row = -1; }
+            Barrier::arrive(&shared.units.full[warp]);
             break;
         }
         Place const place(call, workspace, shared.first_unit, index);
         int const first_word = place.segment * kSegmentWords;
         int const words = min(kSegmentWords, ceil_div(place.blocks, kWordBlocks) - first_word);
-        copy_queries<Config>(params, place, unit.query, lane, kWarp);
-        uint32_t mattered = 0;  // of lanes that are words
+        auto const block_of = [&](int word) { return (first_word + word) * kWordBlocks + lane; };
+
+        int page[kSegmentWords];
+        bool visit[kSegmentWords];
+        CUTLASS_PRAGMA_UNROLL
+        for (int w = 0; w < kSegmentWords; ++w) {
+            visit[w] = block_of(w) < place.blocks;
+            page[w] = visit[w] ? call.block_table[place.row * call.block_table_stride + block_of(w) / blocks_of_page] : 0;
+        }
+        uint32_t mattered = ~0u;  // of lanes that are words
+        if (!place.everything && lane < words) {
+            int32_t const* const of_slot = call.mask + call.slots[place.row] * call.mask_slot_stride;
+            mattered = of_slot[place.kv_head * call.mask_head_stride + first_word + lane];
+        }
+        QueryView<Element> const query(params, place.row, place.kv_head);
+        constexpr int kVector = 8;  // channels that are copied at a time
+        constexpr int kRowVectors = Config::kHeadDim / kVector;
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = lane; i < Config::kHeads * kRowVectors; i += kWarp) {
+            int const head = i / kRowVectors;
+            int const channel = i % kRowVectors * kVector;
+            *reinterpret_cast<uint4*>(unit.query + head * Config::kQueryRow + channel) = query.load(head, channel);
+        }
+
         if (!place.everything) {
-            if (lane < words) {
-                int32_t const* const of_slot = call.mask + call.slots[place.row] * call.mask_slot_stride;
-                mattered = of_slot[place.kv_head * call.mask_head_stride + first_word + lane];
-            }
             cudaGridDependencySynchronize();  // the estimates are there
-            set_limits(workspace, place, group, limits);
+            float const mass = sum_segments(
+                workspace.expected + place.pair * workspace.segments * heads, segments_of(place.length), heads);
+            // The least log2 of a mass that is worth a visit, for the head lane % heads.
+            float const limit = lane % heads < params.group ? place.threshold + mass : INFINITY;
+            float const* const masses = workspace.masses + place.pair * workspace.words * kWordBlocks * heads;
+            bool matters[kSegmentWords];
+            CUTLASS_PRAGMA_UNROLL
+            for (int w = 0; w < kSegmentWords; ++w) {
+                uint32_t const word = __shfl_sync(~0u, mattered, w);  // by all lanes, so not behind `||`
+                matters[w] = place.forced(block_of(w)) || (word >> lane & 1);
+            }
+#pragma unroll 2
+            for (int head = 0; head < heads; head += 2) {
+                float const low = __shfl_sync(~0u, limit, head);
+                float const high = __shfl_sync(~0u, limit, head + 1);
+                CUTLASS_PRAGMA_UNROLL
+                for (int w = 0; w < kSegmentWords; ++w) {
+                    int64_t const block = visit[w] ? block_of(w) : 0;
+                    float2 const may_be = *reinterpret_cast<float2 const*>(masses + block * heads + head);
+                    matters[w] |= may_be.x > low || may_be.y > high;
+                }
+            }
+            CUTLASS_PRAGMA_UNROLL
+            for (int w = 0; w < kSegmentWords; ++w) { visit[w] &= matters[w]; }
         }
 
         total = 0;
-        for (int w = 0; w < words; ++w) {
-            int const block = (first_word + w) * kWordBlocks + lane;
-            bool visit = block < place.blocks;
-            uint32_t const before = __shfl_sync(~0u, mattered, w);
-            if (!place.everything && visit) {
-                visit = place.forced(block) || (before >> lane & 1);
-                float const* const may_be = workspace.masses + (place.pair * workspace.words * kWordBlocks + block) * group;
-                for (int head = 0; head < group; ++head) { visit |= may_be[head] > limits[head]; }
-            }
-            uint32_t const word = __ballot_sync(~0u, visit);
-            if (visit) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int w = 0; w < kSegmentWords; ++w) {
+            uint32_t const word = __ballot_sync(~0u, visit[w]);
+            if (visit[w]) {
                 int const i = total + __popc(word & ((1u << lane) - 1));
-                unit.page[i] = call.block_table[place.row * call.block_table_stride + block / blocks_of_page];
+                unit.page[i] = page[w];
                 unit.block[i] = w * kWordBlocks + lane;
             }
-            if (lane == 0 && place.tracked) {
+            if (lane == 0 && place.tracked && w < words) {
                 workspace.visited[place.pair * workspace.words + first_word + w] = word;
             }
             total += __popc(word);
@@ -138,8 +145,7 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
             unit.tracked = place.tracked;
             atomicAdd(&shared.backlog, total - expected);
         }
-        __syncwarp();
-        if (lane == 0) { Barrier::arrive(&shared.units.full[warp]); }
+        Barrier::arrive(&shared.units.full[warp]);
     }
 }
 
@@ -211,7 +217,7 @@ struct Gathered {
 template <class Config>
 CUTLASS_DEVICE void attend(
     Gathered<Config>& gathered, uint32_t key, uint32_t value, uint32_t const (&query)[Config::kHeadTiles][Config::kHeadDim / 16][2],
-    int keys, float scale_log2, float* masses, int group) {
+    int keys, float scale_log2, float* masses, int heads) {
     using Element = typename Config::Element;
     constexpr int kTiles = Config::kHeadDim / 16;
     constexpr uint32_t kPlaneBytes = kDecodeBlock * kPlane * 2;
@@ -266,12 +272,10 @@ CUTLASS_DEVICE void attend(
         weights[tile][0] = transpose(pack(score[0], score[1], Element{}));
         weights[tile][1] = transpose(pack(score[2], score[3], Element{}));
         if (masses != nullptr) {
-            CUTLASS_PRAGMA_UNROLL
-            for (int h = 0; h < 2; ++h) {
-                float const mass = log2f(join_rows(block_sum[h], add)) + offset[h];
-                int const head = tile * kHeadTile + lane * 2 + h;
-                if (lane < 4 && head < group) { masses[head] = mass; }
-            }
+            float2 const mass{
+                log2f(join_rows(block_sum[0], add)) + offset[0], log2f(join_rows(block_sum[1], add)) + offset[1]};
+            int const head = tile * kHeadTile + lane * 2;
+            if (lane < 4 && head < heads) { *reinterpret_cast<float2*>(masses + head) = mass; }
         }
     }
     CUTLASS_PRAGMA_UNROLL
@@ -285,20 +289,20 @@ CUTLASS_DEVICE void attend(
     }
 }
 
-// Puts together what the warps have gathered of a segment, for the second kernel. Runs in the consumers.
+// Puts together what the warps have gathered of a segment. Runs in the consumers.
 template <class Config>
 CUTLASS_DEVICE void merge(
     KernelParams const& params, SharedStorage<Config>& shared, Unit<Config> const& unit, Gathered<Config> const& gathered,
     int thread) {
     Workspace const& workspace = params.workspace;
-    int const group = params.group;
+    int const heads = workspace.heads;
     int const head_dim = params.call.head_dim;
     int const warp = thread / kWarp;
     int const lane = thread % kWarp;
     int64_t const part =
         (static_cast<int64_t>(unit.row) * params.call.kv_heads + unit.kv_head) * workspace.segments + unit.segment;
     if (unit.blocks == 0) {
-        if (thread < group) { workspace.lse[part * group + thread] = -INFINITY; }
+        if (thread < heads) { workspace.lse[part * heads + thread] = -INFINITY; }
         return;
     }
     CUTLASS_PRAGMA_UNROLL
@@ -327,7 +331,7 @@ CUTLASS_DEVICE void merge(
             CUTLASS_PRAGMA_UNROLL
             for (int w = 0; w < Config::kConsumers; ++w) { sum += shared.sum[w][head] * exp2f(shared.max[w][head] - offset); }
             factor[h] = sum == 0.0f ? 0.0f : exp2f(gathered.max[tile][h] - offset) / sum;
-            if (warp == 0 && lane < 4 && head < group) { workspace.lse[part * group + head] = offset + log2f(sum); }
+            if (warp == 0 && lane < 4 && head < heads) { workspace.lse[part * heads + head] = offset + log2f(sum); }
         }
         CUTLASS_PRAGMA_UNROLL
         for (int slice = 0; slice < Config::kPlanes; ++slice) {
@@ -350,9 +354,9 @@ CUTLASS_DEVICE void merge(
             }
             int const channel = slice * kPlane + thread / 4;
             int const head = tile * kHeadTile + thread % 4 * 2;
-            float* const out = workspace.out + (part * head_dim + channel) * group + head;
-            if (channel < head_dim && head < group) { out[0] = sum.x; }
-            if (channel < head_dim && head + 1 < group) { out[1] = sum.y; }
+            if (channel < head_dim && head < heads) {
+                *reinterpret_cast<float2*>(workspace.out + (part * head_dim + channel) * heads + head) = sum;
+            }
             sync_consumers<Config>();
         }
     }
@@ -363,7 +367,7 @@ template <class Config>
 CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& shared, int thread) {
     constexpr int kTiles = Config::kHeadDim / 16;
     Workspace const& workspace = params.workspace;
-    int const group = params.group;
+    int const heads = workspace.heads;
     int const warp = thread / kWarp;
     int const lane = thread % kWarp;
     uint32_t fetched = 0;
@@ -382,7 +386,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         }
         float* const masses =
             workspace.masses + (static_cast<int64_t>(unit.row) * params.call.kv_heads + unit.kv_head) * workspace.words *
-                                   kWordBlocks * group;
+                                   kWordBlocks * heads;
         Gathered<Config> gathered;
         for (int i = warp; i < blocks; i += Config::kConsumers) {
             int const block = unit.segment * kSegmentBlocks + unit.block[i];
@@ -403,12 +407,13 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
             attend<Config>(
                 gathered, cute::cast_smem_ptr_to_uint(shared.key + stage * Config::kStageElements),
                 cute::cast_smem_ptr_to_uint(value), query, keys, params.scale_log2,
-                unit.tracked ? masses + static_cast<int64_t>(block) * group : nullptr, group);
+                unit.tracked ? masses + static_cast<int64_t>(block) * heads : nullptr, heads);
             __syncwarp();
             if (lane == 0) { Barrier::arrive(&shared.stages.empty[stage]); }
         }
         fetched += blocks;
         merge(params, shared, unit, gathered, thread);
+        end_segment(params, shared, unit, thread);
     });
 }
 
@@ -417,7 +422,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attend_kernel(__grid_cons
     extern __shared__ __align__(1024) uint8_t memory[];
     auto& shared = *reinterpret_cast<SharedStorage<Config>*>(memory);
     if (threadIdx.x == 0) {
-        shared.units.init(1, Config::kConsumers + 1);
+        shared.units.init(kWarp, (Config::kConsumers + 1) * kWarp);
         shared.stages.init(1, 1);
         shared.turn = Config::kPlanners;
         shared.backlog = 0;
@@ -425,7 +430,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attend_kernel(__grid_cons
         cute::prefetch_tma_descriptor(&params.key);
         cute::prefetch_tma_descriptor(&params.value);
     }
-    number_units(params.call, shared.first_unit);
+    number_units(params.call, shared.first_unit, [](int) { return true; });
     int const warp = threadIdx.x / kWarp;
     if (warp < Config::kPlanners) {
         plan(params, shared);
@@ -434,7 +439,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attend_kernel(__grid_cons
     } else {
         fetch(params, shared);
     }
-    cudaTriggerProgrammaticLaunchCompletion();
 }
 
 }  // namespace lite_attention::sm90

@@ -13,7 +13,7 @@ namespace lite_attention::sm90 {
 
 constexpr int kDecodeBlock = 16;     // keys that are scored and skipped together
 constexpr int kWordBlocks = 32;      // blocks of a word of the mask
-constexpr int kSegmentBlocks = 256;  // blocks of a sequence that a thread block works on at a time
+constexpr int kSegmentBlocks = 128;  // blocks of a sequence that a thread block works on at a time
 constexpr int kMaxGroup = 16;        // query heads of a key head
 constexpr int kMaxRows = 1024;
 
@@ -56,7 +56,7 @@ struct DecodeParams {
     float* lse;        // (rows, heads) contiguous, natural log
     int32_t* visited;  // (rows,), added to
 
-    void* workspace;  // decode_workspace_bytes(), 16-byte aligned; zero before the first call in it, and left alone between calls
+    void* workspace;  // decode_workspace_bytes(), 16-byte aligned
 
     int pages;        // of the cache
     int rows;         // 1 to kMaxRows

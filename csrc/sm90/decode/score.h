@@ -5,6 +5,7 @@
 #pragma once
 
 #include "mma.h"
+#include "work.h"
 
 namespace lite_attention::sm90 {
 
@@ -23,8 +24,8 @@ struct ScoringQuery {
     uint4 square[kParts][kWarp];
     float largest[kHeadTile];
 
-    // Called by a warp. `query`: the first head, in shared memory.
-    CUTLASS_DEVICE void fill(typename Config::Element const* query) {
+    // Called by a warp. `first_head`: of eight.
+    CUTLASS_DEVICE void fill(QueryView<typename Config::Element> const& query, int first_head) {
         using Element = typename Config::Element;
         using Pair = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
         int const lane = threadIdx.x % kWarp;
@@ -32,7 +33,7 @@ struct ScoringQuery {
         uint4 raw[kParts];
         CUTLASS_PRAGMA_UNROLL
         for (int part = 0; part < kParts; ++part) {
-            raw[part] = *reinterpret_cast<uint4 const*>(query + head * Config::kQueryRow + part * 32 + lane % 4 * 8);
+            raw[part] = query.load(first_head + head, part * 32 + lane % 4 * 8);
         }
         float of_head = 0.0f;
         CUTLASS_PRAGMA_UNROLL
@@ -64,6 +65,14 @@ struct ScoringQuery {
     }
 };
 
+// Eight bytes that the kernel does not write. The compiler keeps it before products that stand behind it, however few registers are
+// left: what is asked for early comes while they run.
+CUTLASS_DEVICE uint2 load_early(uint8_t const* from) {
+    uint2 loaded;
+    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(loaded.x), "=r"(loaded.y) : "l"(from));
+    return loaded;
+}
+
 // The summaries of 16 blocks as the first operands: a thread holds eight channels of every 32 of two blocks, lane / 4 and the
 // one 8 further.
 template <class Config>
@@ -73,21 +82,21 @@ struct Summaries {
     uint2 deviation[2][kParts];
     float2 scales[2];
 
-    // `summary`: where the block of this lane has its own; taken are those of 16 lanes from `first` on.
-    CUTLASS_DEVICE void load(uint8_t const* summary, int first, int head_dim) {
+    // `summary`: where each of 16 blocks has its own, in shared memory. Channels that do not exist are those of others: the query
+    // has zeros there.
+    CUTLASS_DEVICE void load(uint8_t const* const* summary, int head_dim) {
         int const lane = threadIdx.x % kWarp;
         CUTLASS_PRAGMA_UNROLL
         for (int half = 0; half < 2; ++half) {
-            auto const* const from = reinterpret_cast<uint8_t const*>(
-                __shfl_sync(~0u, reinterpret_cast<unsigned long long>(summary), first + half * 8 + lane / 4));
+            uint8_t const* const from = summary[half * 8 + lane / 4];
             CUTLASS_PRAGMA_UNROLL
             for (int part = 0; part < kParts; ++part) {
-                int const channel = part * 32 + lane % 4 * 8;
-                bool const exists = channel < head_dim;
-                mean[half][part] = exists ? __ldg(reinterpret_cast<uint2 const*>(from + channel)) : uint2{};
-                deviation[half][part] = exists ? __ldg(reinterpret_cast<uint2 const*>(from + head_dim + channel)) : uint2{};
+                int const channel = min(part * 32 + lane % 4 * 8, head_dim - 8);
+                mean[half][part] = load_early(from + channel);
+                deviation[half][part] = load_early(from + head_dim + channel);
             }
-            scales[half] = __ldg(reinterpret_cast<float2 const*>(from + 2 * head_dim));
+            uint2 const raw = load_early(from + 2 * head_dim);
+            scales[half] = {__uint_as_float(raw.x), __uint_as_float(raw.y)};
         }
     }
 
@@ -149,11 +158,11 @@ CUTLASS_DEVICE float spread(float variance, float bend) {
 // Log2 of the exact mass of a block for this thread's two heads.
 //
 //   keys   the block's first, contiguous channels; only the first `count` exist, at least one
-//   query  the first of eight heads, in shared memory
+//   first_head  of eight
 template <class Config>
 CUTLASS_DEVICE float2 exact_mass(
-    typename Config::Element const* keys, int64_t token_stride, int count, typename Config::Element const* query, int head_dim,
-    float scale_log2) {
+    typename Config::Element const* keys, int64_t token_stride, int count, QueryView<typename Config::Element> const& query,
+    int first_head, float scale_log2) {
     int const lane = threadIdx.x % kWarp;
     int const key = lane / 4;
     float scores[4] = {};
@@ -161,12 +170,12 @@ CUTLASS_DEVICE float2 exact_mass(
     for (int part = 0; part < Config::kHeadDim / 32; ++part) {
         int const channel = part * 32 + lane % 4 * 8;
         auto load = [&](int k) {
-            bool const exists = k < count && channel < head_dim;
+            bool const exists = k < count && channel < query.head_dim;
             return exists ? *reinterpret_cast<uint4 const*>(keys + k * token_stride + channel) : uint4{};
         };
         uint4 const low = load(key);
         uint4 const high = load(key + 8);
-        uint4 const q = *reinterpret_cast<uint4 const*>(query + key * Config::kQueryRow + channel);
+        uint4 const q = query.load(first_head + key, channel);
         uint32_t const first[4] = {low.x, high.x, low.y, high.y};
         uint32_t const second[4] = {low.z, high.z, low.w, high.w};
         mma(scores, first, q.x, q.y, typename Config::Element{});

@@ -14,7 +14,6 @@ struct SharedStorage {
     Ring<Config::kStages> stages;
     Unit<Config> unit[Config::kPlanners];
     Ring<Config::kPlanners> units;
-    float limits[Config::kPlanners][Config::kHeads];
     uint32_t turn;  // which unit may be taken next
     int backlog;    // blocks that are listed, or soon will be, and not fetched yet
 
@@ -22,8 +21,15 @@ struct SharedStorage {
     float max[Config::kConsumers][Config::kHeads];
     float sum[Config::kConsumers][Config::kHeads];
     float2 slice[Config::kConsumers][Config::kSlice * kHeadTile / 2];
+    bool last;  // whether the segment is the last of its sequence's key head that is attended to
 
     int first_unit[1];  // of each row, and the number of units at the end: rows + 1 of them
 };
+
+template <class Config>
+CUTLASS_DEVICE void sync_consumers() {
+    // CUTLASS counts from the first barrier that it leaves to others: not __syncthreads', which is the hardware's 0.
+    cutlass::arch::NamedBarrier::sync(Config::kConsumers * kWarp, 0);
+}
 
 }  // namespace lite_attention::sm90

@@ -3,21 +3,23 @@
 // key head. Segments begin at fixed places, so what a row gets does not depend on its batch.
 #pragma once
 
-#include "mma.h"
+#include "config.h"
 
 namespace lite_attention::sm90 {
 
-// What a kernel of a call leaves for the next.
+// What thread blocks leave for others.
 struct Workspace {
-    int32_t* drawn;     // units that were taken beside each thread block's first ones; zero between calls
+    uint32_t* drawn;    // units that were taken beside each thread block's first ones
+    uint32_t* ended;    // (rows, kv_heads) segments that are attended to
     uint32_t* visited;  // (rows, kv_heads, words) blocks that were visited
-    float* expected;    // (rows, kv_heads, segments, group) log2 of the mass that a segment probably has
-    float* masses;      // (rows, kv_heads, blocks, group) log2 of the mass that a block may have; once it is visited, that it has
-    float* lse;         // (rows, kv_heads, segments, group) of a segment, in log2 units
-    float* out;         // (rows, kv_heads, segments, head_dim, group) of a segment; not written where its lse is -inf
+    float* expected;    // (rows, kv_heads, segments, heads) log2 of the mass that a segment probably has
+    float* masses;      // (rows, kv_heads, blocks, heads) log2 of the mass that a block may have; once it is visited, that it has
+    float* lse;         // (rows, kv_heads, segments, heads) of a segment, in log2 units
+    float* out;         // (rows, kv_heads, segments, head_dim, heads) of a segment; not written where its lse is -inf
 
     int words;
     int segments;
+    int heads;  // of a key head, rounded up: see workspace.h
 };
 
 struct KernelParams {
@@ -33,6 +35,66 @@ struct KernelParams {
 
 CUTLASS_DEVICE int segments_of(int length) { return max(1, ceil_div(length, kSegmentBlocks * kDecodeBlock)); }
 
+// The query heads of a row's key head.
+template <class Element>
+struct QueryView {
+    Element const* data;
+    int64_t head_stride;
+    int heads;
+    int head_dim;
+
+    CUTLASS_DEVICE QueryView(KernelParams const& params, int row, int kv_head)
+        : data(static_cast<Element const*>(params.call.query) + row * params.call.query_row_stride +
+               kv_head * params.group * params.call.query_head_stride),
+          head_stride(params.call.query_head_stride),
+          heads(params.group),
+          head_dim(params.call.head_dim) {}
+
+    // Eight channels; zero where the head or the channel does not exist.
+    CUTLASS_DEVICE uint4 load(int head, int channel) const {
+        bool const exists = head < heads && channel < head_dim;
+        return exists ? *reinterpret_cast<uint4 const*>(data + head * head_stride + channel) : uint4{};
+    }
+};
+
+// A sum of numbers whose log2 is known, kept so that nothing overflows.
+struct LogSum {
+    float largest = -1e30f;
+    float sum = 0.0f;  // in units of 2^largest
+
+    CUTLASS_DEVICE void add(float log2_of_addend) {
+        float const now = fmaxf(largest, log2_of_addend);
+        sum = sum * exp2f(largest - now) + exp2f(log2_of_addend - now);
+        largest = now;
+    }
+    // Over lanes whose numbers differ in the bits from `distance` up to `end`.
+    CUTLASS_DEVICE void join_lanes(int distance, int end) {
+        for (; distance < end; distance *= 2) {
+            float const of_other = __shfl_xor_sync(~0u, largest, distance);
+            float const sum_of_other = __shfl_xor_sync(~0u, sum, distance);
+            float const now = fmaxf(largest, of_other);
+            sum = sum * exp2f(largest - now) + sum_of_other * exp2f(of_other - now);
+            largest = now;
+        }
+    }
+    CUTLASS_DEVICE float log2() const { return largest + log2f(sum); }
+};
+
+// Log2 of the sum of all segments of a row's key head, for the query head lane % heads. `values`: (segments, heads), of the first
+// segment. Runs in a warp.
+CUTLASS_DEVICE float sum_segments(float const* values, int segments, int heads) {
+    LogSum sum;
+#pragma unroll 4
+    for (int i = threadIdx.x % kWarp; i < segments * heads; i += kWarp) { sum.add(values[i]); }
+    sum.join_lanes(heads, kWarp);
+    return sum.log2();
+}
+
+// Whether a row's state is updated.
+CUTLASS_DEVICE bool tracks(DecodeParams const& call, int row) {
+    return call.thresholds[row] != -INFINITY && call.seq_lens[row] > 0;
+}
+
 // A unit of work and what is to be known of its row.
 struct Place {
     int row;
@@ -43,7 +105,7 @@ struct Place {
     int length;
     int blocks;
     float threshold;
-    bool tracked;     // whether the state is updated
+    bool tracked;
     bool everything;  // whether all blocks are visited
 
     // `first_unit`: see number_units.
@@ -60,7 +122,7 @@ struct Place {
         length = max(0, call.seq_lens[row]);
         blocks = ceil_div(length, kDecodeBlock);
         threshold = call.thresholds[row];
-        tracked = threshold != -INFINITY && length > 0;
+        tracked = tracks(call, row);
         everything = !tracked || call.visit_all[row];
     }
 
@@ -68,10 +130,13 @@ struct Place {
     CUTLASS_DEVICE bool forced(int block) const { return block == 0 || block >= blocks - 2; }
 };
 
-// Fills in which unit of work is the first of each row; behind the last row, how many there are. Runs in a whole thread block.
-CUTLASS_DEVICE void number_units(DecodeParams const& call, int* first_unit) {
+// Fills in which unit of work is the first of each row; behind the last row, how many there are. `counts(row)`: whether the row
+// has units at all. Runs in a whole thread block.
+template <class Counts>
+CUTLASS_DEVICE void number_units(DecodeParams const& call, int* first_unit, Counts counts) {
     for (int row = threadIdx.x; row < call.rows; row += blockDim.x) {
-        first_unit[row] = segments_of(call.seq_lens[row]) * call.kv_heads;
+        int const units = segments_of(call.seq_lens[row]) * call.kv_heads;
+        first_unit[row] = counts(row) ? units : 0;
     }
     __syncthreads();
     if (threadIdx.x < kWarp) {
@@ -91,26 +156,6 @@ CUTLASS_DEVICE void number_units(DecodeParams const& call, int* first_unit) {
         if (threadIdx.x == 0) { first_unit[call.rows] = before; }
     }
     __syncthreads();
-}
-
-// Copies the queries of a row's key head to shared memory; heads and channels that do not exist are zero. Called by `threads`
-// threads.
-template <class Config>
-CUTLASS_DEVICE void copy_queries(
-    KernelParams const& params, Place const& place, typename Config::Element* to, int thread, int threads) {
-    using Element = typename Config::Element;
-    DecodeParams const& call = params.call;
-    Element const* const query = static_cast<Element const*>(call.query) + place.row * call.query_row_stride +
-                                 place.kv_head * params.group * call.query_head_stride;
-    constexpr int kVector = 8;  // elements that are copied at a time
-    constexpr int kRowVectors = Config::kHeadDim / kVector;
-    for (int i = thread; i < Config::kHeads * kRowVectors; i += threads) {
-        int const head = i / kRowVectors;
-        int const channel = i % kRowVectors * kVector;
-        bool const exists = head < params.group && channel < call.head_dim;
-        *reinterpret_cast<uint4*>(to + head * Config::kQueryRow + channel) =
-            exists ? *reinterpret_cast<uint4 const*>(query + head * call.query_head_stride + channel) : uint4{};
-    }
 }
 
 }  // namespace lite_attention::sm90

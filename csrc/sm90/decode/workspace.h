@@ -2,6 +2,7 @@
 // Where in the memory that a call is given everything stands.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "params.h"
@@ -11,7 +12,9 @@ namespace lite_attention::sm90 {
 struct WorkspaceLayout {
     int words;     // of a row and key head
     int segments;  // of a row
-    // Offsets in bytes; what is zero between calls comes first.
+    int heads;     // places for the query heads of a key head: a power of two, and pairs of them are read at a time
+    // Offsets in bytes.
+    int64_t ended;
     int64_t visited;
     int64_t expected;
     int64_t masses;
@@ -19,19 +22,22 @@ struct WorkspaceLayout {
     int64_t out;
     int64_t bytes;  // of everything
 
-    WorkspaceLayout(int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t max_tokens) {
+    WorkspaceLayout(int64_t rows, int64_t query_heads, int64_t kv_heads, int64_t head_dim, int64_t max_tokens) {
         constexpr int64_t kSegmentTokens = kSegmentBlocks * kDecodeBlock;
         constexpr int64_t kWordTokens = kWordBlocks * kDecodeBlock;
         words = static_cast<int>((max_tokens + kWordTokens - 1) / kWordTokens);
-        segments = static_cast<int>((max_tokens + kSegmentTokens - 1) / kSegmentTokens);
-        if (segments == 0) { segments = 1; }
+        segments = static_cast<int>(std::max<int64_t>(1, (max_tokens + kSegmentTokens - 1) / kSegmentTokens));
+        heads = 2;
+        while (heads * kv_heads < query_heads) { heads *= 2; }
+        int64_t const pairs = rows * kv_heads;
         auto aligned = [](int64_t count) { return (count * 4 + 255) / 256 * 256; };
-        visited = aligned(1);
-        expected = visited + aligned(rows * kv_heads * words);
-        masses = expected + aligned(rows * heads * segments);
-        lse = masses + aligned(rows * heads * words * kWordBlocks);
-        out = lse + aligned(rows * heads * segments);
-        bytes = out + aligned(rows * heads * segments * head_dim);
+        ended = aligned(1);
+        visited = ended + aligned(pairs);
+        expected = visited + aligned(pairs * words);
+        masses = expected + aligned(pairs * segments * heads);
+        lse = masses + aligned(pairs * words * kWordBlocks * heads);
+        out = lse + aligned(pairs * segments * heads);
+        bytes = out + aligned(pairs * segments * head_dim * heads);
     }
 };
 
