@@ -48,8 +48,17 @@ CUTLASS_DEVICE int update_mask(
     return count;
 }
 
+// A unit of work that is attended to.
+struct Ended {
+    int row = -1;  // none
+    int kv_head;
+    int length;
+    bool tracked;
+};
+
+// Puts together the segments of the sequence's key head of which the unit was the last.
 template <class Config>
-CUTLASS_DEVICE void combine(KernelParams const& params, Unit<Config> const& unit, int64_t pair, int thread) {
+CUTLASS_DEVICE void combine(KernelParams const& params, Ended const& unit, int thread) {
     using Element = typename Config::Element;
     constexpr int kThreads = Config::kConsumers * kWarp;
     DecodeParams const& call = params.call;
@@ -57,7 +66,9 @@ CUTLASS_DEVICE void combine(KernelParams const& params, Unit<Config> const& unit
     int const group = params.group;
     int const heads = workspace.heads;
     int const lane = thread % kWarp;
+    int64_t const pair = static_cast<int64_t>(unit.row) * call.kv_heads + unit.kv_head;
     int const segments = segments_of(unit.length);
+    __threadfence();  // what other thread blocks have left is read
     float const* const lses = workspace.lse + pair * workspace.segments * heads;
     float const lse = sum_segments(lses, segments, heads);
     if (thread < group) { call.lse[static_cast<int64_t>(unit.row) * call.heads + unit.kv_head * group + thread] = lse * kLn2; }
@@ -97,22 +108,13 @@ CUTLASS_DEVICE void combine(KernelParams const& params, Unit<Config> const& unit
     if (lane == 0 && visited > 0) { atomicAdd(&call.visited[unit.row], visited); }
 }
 
-// Called when a segment is attended to, and what is left of it is in the workspace.
-template <class Config>
-CUTLASS_DEVICE void end_segment(
-    KernelParams const& params, SharedStorage<Config>& shared, Unit<Config> const& unit, int thread) {
-    int64_t const pair = static_cast<int64_t>(unit.row) * params.call.kv_heads + unit.kv_head;
-    sync_consumers<Config>();
-    if (thread == 0) {
-        cudaGridDependencySynchronize();  // the counter is zero
-        __threadfence();
-        shared.last = atomicAdd(&params.workspace.ended[pair], 1) == segments_of(unit.length) - 1;
-    }
-    sync_consumers<Config>();
-    if (shared.last) {
-        __threadfence();
-        combine(params, unit, pair, thread);
-    }
+// Counts a segment that a warp has left in the workspace, or several warps before they waited for each other. How many of its
+// sequence's key head were counted before: who uses the number waits for it.
+CUTLASS_DEVICE uint32_t count_segment(KernelParams const& params, int64_t pair) {
+    cudaGridDependencySynchronize();  // the counter is zero
+    uint32_t before;
+    asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(params.workspace.ended + pair) : "memory");
+    return before;
 }
 
 }  // namespace lite_attention::sm90

@@ -18,6 +18,7 @@ struct EstimateStorage {
     struct OfWarp {
         ScoringQuery<Config> query[Config::kHeadTiles];
         uint8_t const* summary[kSegmentBlocks];  // of each block
+        float exact[3][Config::kHeads];  // log2 of the mass of the first block, the newest, and the one before it
     } of_warp[Config::kEstimators];
     int first_unit[1];  // of each row, and the number of units at the end: rows + 1 of them
 };
@@ -35,22 +36,46 @@ CUTLASS_DEVICE void estimate_segment(
     int const end = min(place.blocks, first_block + kSegmentBlocks);
     auto page_of = [&](int block) { return call.block_table[place.row * call.block_table_stride + block / blocks_of_page]; };
 
-    __syncwarp();  // the segment before may still be read
+    int page[kSegmentBlocks / kWarp];
     CUTLASS_PRAGMA_UNROLL
-    for (int i = lane; i < kSegmentBlocks; i += kWarp) {
-        int const block = min(first_block + i, end - 1);  // what does not exist has the summary of another
-        shared.summary[i] = call.summaries.data + page_of(block) * call.summaries.page_stride +
-                            place.kv_head * call.summaries.head_stride + block % blocks_of_page * call.summaries.block_stride;
+    for (int i = 0; i < kSegmentBlocks / kWarp; ++i) {
+        page[i] = page_of(min(first_block + i * kWarp + lane, end - 1));  // what does not exist has the summary of another
     }
+    __syncwarp();  // the segment before may still be read
     QueryView<Element> const query(params, place.row, place.kv_head);
     CUTLASS_PRAGMA_UNROLL
     for (int tile = 0; tile < Config::kHeadTiles; ++tile) { shared.query[tile].fill(query, tile * kHeadTile); }
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kSegmentBlocks / kWarp; ++i) {
+        int const block = min(first_block + i * kWarp + lane, end - 1);
+        shared.summary[i * kWarp + lane] = call.summaries.data + page[i] * call.summaries.page_stride +
+                                           place.kv_head * call.summaries.head_stride +
+                                           block % blocks_of_page * call.summaries.block_stride;
+    }
+    __syncwarp();
+    Summaries<Config> next;
+    next.load(shared.summary, call.head_dim);
+
+    // What is visited in any case is weighed exactly. The summaries come meanwhile.
+#pragma unroll 1
+    for (int i = 0; i < 3; ++i) {
+        int const block = i == 0 ? 0 : place.blocks - i;
+        if (block < first_block || block >= end) { continue; }
+        auto const* const keys = static_cast<Element const*>(call.key.data) + page_of(block) * call.key.page_stride +
+                                 block % blocks_of_page * kDecodeBlock * call.key.token_stride +
+                                 place.kv_head * call.key.head_stride;
+        int const count = min(kDecodeBlock, place.length - block * kDecodeBlock);
+        CUTLASS_PRAGMA_UNROLL
+        for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
+            float2 const exact =
+                exact_mass<Config>(keys, call.key.token_stride, count, query, tile * kHeadTile, params.scale_log2);
+            if (lane < 4) { *reinterpret_cast<float2*>(&shared.exact[i][tile * kHeadTile + lane * 2]) = exact; }
+        }
+    }
     __syncwarp();
 
     float* const masses = workspace.masses + place.pair * workspace.words * kWordBlocks * workspace.heads;
     LogSum expected_sum[Config::kHeadTiles][2];  // of this thread's blocks
-    Summaries<Config> next;
-    next.load(shared.summary, call.head_dim);
     for (int first = first_block; first < end; first += kAtOnce) {
         Summaries<Config> const summaries = next;
         if (first + kAtOnce < end) { next.load(shared.summary + (first + kAtOnce - first_block), call.head_dim); }
@@ -76,23 +101,14 @@ CUTLASS_DEVICE void estimate_segment(
                         mean_mass[2 * i], mean_mass[2 * i + 1]};
                 }
             }
-            // What is visited in any case is weighed exactly: the first block, and the newest two.
-#pragma unroll 1
-            for (int i = 0; i < 3; ++i) {
-                int const block = i == 0 ? 0 : place.blocks - i;
-                if (block < first || block >= first + kAtOnce) { continue; }
-                auto const* const keys = static_cast<Element const*>(call.key.data) + page_of(block) * call.key.page_stride +
-                                         block % blocks_of_page * kDecodeBlock * call.key.token_stride +
-                                         place.kv_head * call.key.head_stride;
-                int const count = min(kDecodeBlock, place.length - block * kDecodeBlock);
-                float2 const exact =
-                    exact_mass<Config>(keys, call.key.token_stride, count, query, tile * kHeadTile, params.scale_log2);
-                CUTLASS_PRAGMA_UNROLL
-                for (int j = 0; j < 2; ++j) {
-                    if (block == low + j * 8) {
-                        expected[2 * j] = exact.x;
-                        expected[2 * j + 1] = exact.y;
-                    }
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < 2; ++i) {
+                int const block = low + i * 8;
+                if (block < end && place.forced(block)) {
+                    float2 const exact = *reinterpret_cast<float2 const*>(
+                        &shared.exact[block == 0 ? 0 : place.blocks - block][tile * kHeadTile + lane % 4 * 2]);
+                    expected[2 * i] = exact.x;
+                    expected[2 * i + 1] = exact.y;
                 }
             }
             CUTLASS_PRAGMA_UNROLL

@@ -25,14 +25,20 @@ CUTLASS_DEVICE void for_each_unit(SharedStorage<Config>& shared, Action action) 
     }
 }
 
+// The first units of each thread block, about half of its work, are dealt out: who draws waits for the counter.
+template <class Config>
+CUTLASS_DEVICE uint32_t dealt_units(int units) {
+    return max(Config::kPlanners, units / static_cast<int>(2 * gridDim.x));
+}
+
 // Takes the n-th unit of a thread block, the next that none has taken. It waits as long as too much is listed, and for its turn:
 // otherwise who fetches unit n could wait for it while its planner waits for later ones to be fetched. `expected`: blocks that it
-// will probably visit. A number from `units` on means that there are no more.
+// will probably visit. `first`: the first unit that is drawn. A number from `units` on means that there are no more.
 template <class Config>
-CUTLASS_DEVICE int draw_unit(SharedStorage<Config>& shared, uint32_t* drawn, uint32_t n, int units, int expected) {
+CUTLASS_DEVICE int draw_unit(SharedStorage<Config>& shared, uint32_t* drawn, uint32_t n, int first, int units, int expected) {
     while (atomicAdd(&shared.turn, 0) != n || atomicAdd(&shared.backlog, 0) >= kBacklog) { __nanosleep(100); }
     cudaGridDependencySynchronize();  // the counter is zero
-    int const index = Config::kPlanners * gridDim.x + atomicAdd(drawn, 1);
+    int const index = first + atomicAdd(drawn, 1);
     if (index < units) { atomicAdd(&shared.backlog, expected); }
     __threadfence_block();
     atomicExch(&shared.turn, n + 1);
@@ -50,16 +56,17 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
     int const blocks_of_page = call.page_size / kDecodeBlock;
     int const heads = workspace.heads;
     int const units = shared.first_unit[call.rows];
+    uint32_t const dealt = dealt_units<Config>(units);
     Unit<Config>& unit = shared.unit[warp];
 
     int expected = 0;  // blocks that are in the backlog before they are listed
     int total = 0;
     for (uint32_t n = warp;; n += Config::kPlanners) {
-        int index = blockIdx.x + warp * gridDim.x;
+        int index = blockIdx.x + n * gridDim.x;
         shared.units.wait_empty(n);
-        if (n >= Config::kPlanners) {
+        if (n >= dealt) {
             expected = total;
-            if (lane == 0) { index = draw_unit(shared, workspace.drawn, n, units, expected); }
+            if (lane == 0) { index = draw_unit(shared, workspace.drawn, n, dealt * gridDim.x, units, expected); }
             index = __shfl_sync(~0u, index, 0);
         }
         if (index >= units) {
@@ -289,22 +296,10 @@ CUTLASS_DEVICE void attend(
     }
 }
 
-// Puts together what the warps have gathered of a segment. Runs in the consumers.
+// Tells the other consumers what the weights that a warp has gathered sum up to.
 template <class Config>
-CUTLASS_DEVICE void merge(
-    KernelParams const& params, SharedStorage<Config>& shared, Unit<Config> const& unit, Gathered<Config> const& gathered,
-    int thread) {
-    Workspace const& workspace = params.workspace;
-    int const heads = workspace.heads;
-    int const head_dim = params.call.head_dim;
-    int const warp = thread / kWarp;
-    int const lane = thread % kWarp;
-    int64_t const part =
-        (static_cast<int64_t>(unit.row) * params.call.kv_heads + unit.kv_head) * workspace.segments + unit.segment;
-    if (unit.blocks == 0) {
-        if (thread < heads) { workspace.lse[part * heads + thread] = -INFINITY; }
-        return;
-    }
+CUTLASS_DEVICE void share(SharedStorage<Config>& shared, Gathered<Config> const& gathered, int warp) {
+    int const lane = threadIdx.x % kWarp;
     CUTLASS_PRAGMA_UNROLL
     for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
         CUTLASS_PRAGMA_UNROLL
@@ -316,7 +311,17 @@ CUTLASS_DEVICE void merge(
             }
         }
     }
-    sync_consumers<Config>();
+}
+
+// Puts together what the warps have gathered of a segment and shared. Runs in the consumers.
+template <class Config>
+CUTLASS_DEVICE void merge(
+    KernelParams const& params, SharedStorage<Config>& shared, int64_t part, Gathered<Config> const& gathered, int thread) {
+    Workspace const& workspace = params.workspace;
+    int const heads = workspace.heads;
+    int const head_dim = params.call.head_dim;
+    int const warp = thread / kWarp;
+    int const lane = thread % kWarp;
     CUTLASS_PRAGMA_UNROLL
     for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
         float factor[2];
@@ -371,6 +376,16 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     int const warp = thread / kWarp;
     int const lane = thread % kWarp;
     uint32_t fetched = 0;
+    Ended ended;           // the unit before
+    uint32_t counted = 0;  // of thread 0: how many of its sequence's were counted before it
+    // Whether the unit before was its sequence's last. The number is asked for long before it is needed.
+    auto const ends = [&](uint32_t number) {
+        bool& last = shared.last[number % 2];
+        if (thread == 0) { last = ended.row >= 0 && counted == segments_of(ended.length) - 1; }
+        sync_consumers<Config>();
+        return last;
+    };
+    uint32_t number = 0;
     for_each_unit(shared, [&](Unit<Config> const& unit) {
         int const blocks = unit.blocks;
 
@@ -384,9 +399,8 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
                 query[tile][i][1] = *reinterpret_cast<uint32_t const*>(row + i * 16 + 8);
             }
         }
-        float* const masses =
-            workspace.masses + (static_cast<int64_t>(unit.row) * params.call.kv_heads + unit.kv_head) * workspace.words *
-                                   kWordBlocks * heads;
+        int64_t const pair = static_cast<int64_t>(unit.row) * params.call.kv_heads + unit.kv_head;
+        float* const masses = workspace.masses + pair * workspace.words * kWordBlocks * heads;
         Gathered<Config> gathered;
         for (int i = warp; i < blocks; i += Config::kConsumers) {
             int const block = unit.segment * kSegmentBlocks + unit.block[i];
@@ -412,9 +426,21 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
             if (lane == 0) { Barrier::arrive(&shared.stages.empty[stage]); }
         }
         fetched += blocks;
-        merge(params, shared, unit, gathered, thread);
-        end_segment(params, shared, unit, thread);
+
+        share(shared, gathered, warp);
+        bool const last = ends(number++);
+        int64_t const part = pair * workspace.segments + unit.segment;
+        if (blocks > 0) {
+            merge(params, shared, part, gathered, thread);
+        } else if (thread < heads) {
+            workspace.lse[part * heads + thread] = -INFINITY;
+        }
+        __syncwarp();
+        if (thread == 0) { counted = count_segment(params, pair); }
+        if (last) { combine<Config>(params, ended, thread); }
+        ended = {unit.row, unit.kv_head, unit.length, unit.tracked};
     });
+    if (ends(number)) { combine<Config>(params, ended, thread); }
 }
 
 template <class Config>
@@ -424,13 +450,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attend_kernel(__grid_cons
     if (threadIdx.x == 0) {
         shared.units.init(kWarp, (Config::kConsumers + 1) * kWarp);
         shared.stages.init(1, 1);
-        shared.turn = Config::kPlanners;
         shared.backlog = 0;
         cutlass::arch::fence_barrier_init();
         cute::prefetch_tma_descriptor(&params.key);
         cute::prefetch_tma_descriptor(&params.value);
     }
     number_units(params.call, shared.first_unit, [](int) { return true; });
+    if (threadIdx.x == 0) { shared.turn = dealt_units<Config>(shared.first_unit[params.call.rows]); }
+    __syncthreads();
     int const warp = threadIdx.x / kWarp;
     if (warp < Config::kPlanners) {
         plan(params, shared);
