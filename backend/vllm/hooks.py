@@ -229,6 +229,8 @@ def _dummy_run(original: Callable[..., Any], self: Any, *args: Any, **kwargs: An
 def _allocate_summaries(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     # Before anything is captured: an allocation inside a graph would be done again by each replay.
     original(self, *args, **kwargs)
+    if self.device.type == "cpu":  # CPUModelRunner inherits what is wrapped, and its layers allocate when they need to
+        return
     for layer in state.skipping_layers(self.vllm_config).values():
         layer.impl.allocate_summaries(layer.kv_cache)
 
