@@ -28,11 +28,12 @@ TESTED_VERSIONS = ("0.30",)
 
 _DUMMY = DenoiseOptions(threshold=0.0, enable=False, refresh_interval=0, warmup_steps=0, cooldown_steps=0)
 
+_server = DenoiseServerOptions()
 _counters: metrics.StepCounters | None = None
 
 
 def install(config: Any) -> None:
-    """Wrap this process's runner and engine, and check the server's options. Idempotent.
+    """Wrap this process's runner and engine, and read the server's options. Idempotent.
 
     Args:
         config: vLLM-Omni's configuration of a diffusion stage; None where there is none.
@@ -41,8 +42,8 @@ def install(config: Any) -> None:
         ValueError: an option of the server cannot be used.
         RuntimeError: this vLLM-Omni lacks what is to be wrapped.
     """
-    global _counters
-    _server_options(config)
+    global _server, _counters
+    _server = DenoiseServerOptions.from_additional_config(getattr(config, "additional_config", None))
     if _counters is not None:
         return
     from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
@@ -59,15 +60,10 @@ def install(config: Any) -> None:
     metrics.register(directory)
 
 
-def _server_options(config: Any) -> DenoiseServerOptions:
-    return DenoiseServerOptions.from_additional_config(getattr(config, "additional_config", None))
-
-
-def _parse(runner: Any, request: Any) -> Request:
+def _parse(request: Any) -> Request:
     params = request.sampling_params
     dummy = request.is_dummy_run_request_id(request.request_id)
-    server = _server_options(runner.od_config)
-    options = _DUMMY if dummy else parse_denoise_request(params.extra_args, server)
+    options = _DUMMY if dummy else parse_denoise_request(params.extra_args, _server)
     return Request(request.request_id, options, params.num_outputs_per_prompt or 1)
 
 
@@ -93,7 +89,7 @@ def _running(pipeline: Any, requests: list[Request]) -> Iterator[None]:
 
 def _execute_model(original: Callable[..., Any], self: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     try:
-        request = _parse(self, req)
+        request = _parse(req)
     except LiteParamError as error:
         return _refusal(error)
     with _running(self.pipeline, [request]):
@@ -112,7 +108,7 @@ def _execute_model_batch(
     outputs: dict[str, Any] = {}
     for new in scheduled:
         try:
-            requests.append(_parse(self, new.req))
+            requests.append(_parse(new.req))
         except LiteParamError as error:
             refusal = _refusal(error)
             outputs[new.request_id] = RunnerOutput(
