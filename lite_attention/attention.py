@@ -17,7 +17,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from lite_attention import ops
 from lite_attention.costs import Meter, Shape
 from lite_attention.options import Rule, check_refresh_interval, check_rule, normalize_threshold
-from lite_attention.pool import StatePool
 from lite_attention.ranges import Range, check_ranges, forced_words, from_flat_list
 from lite_attention.state import SkipState
 from lite_attention.tiles import TILE_Q
@@ -46,7 +45,6 @@ class LiteAttention(nn.Module):
             or float32 (batch,); None until set.
         enable_skipping: whether calls skip; where not, attention is dense and the state stays as it is.
         meter: measures what skipping costs, computing each call a second time, dense; None for not.
-        pool: where the state is taken from, until `StatePool.end`; None for a state of its own.
     """
 
     def __init__(
@@ -91,7 +89,6 @@ class LiteAttention(nn.Module):
         self._forced_key: tuple[object, ...] = ()
         self._forced: tuple[Tensor | None, Tensor | None] = (None, None)
         self.meter: Meter | None = None
-        self.pool: StatePool | None = None
         self._calibration: Calibration | None = None
 
     @classmethod
@@ -290,12 +287,9 @@ class LiteAttention(nn.Module):
                 *state_key,
                 self._state_key or "none",
             )
-            make = functools.partial(
-                SkipState, batch, heads, tokens_q, key.shape[1], rule=self.rule, device=query.device
-            )
             # A state made in inference mode could not be updated outside it.
             with torch.inference_mode(False):
-                self._state = make() if self.pool is None else self.pool.take((*state_key, self.rule), make)
+                self._state = SkipState(batch, heads, tokens_q, key.shape[1], rule=self.rule, device=query.device)
             self._state_key = state_key
             self._steps = 0
         return self._state

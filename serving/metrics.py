@@ -46,9 +46,9 @@ FALLBACK_REASONS: Final = (
 
 Counts = NDArray[np.int64]
 
-# A counter file is an array of int64: the layout's mark, three gauges, then these groups of counters.
-_MARK = 0x4C495445_0002
-_HEADER = 4
+# A counter file is an array of int64: the layout's mark, two gauges, then these groups of counters.
+_MARK = 0x4C495445_0001
+_HEADER = 3
 _ROWS = slice(_HEADER, _HEADER + len(THRESHOLD_BUCKETS))
 _VISITED = slice(_ROWS.stop, _ROWS.stop + len(THRESHOLD_BUCKETS))
 _TOTAL = slice(_VISITED.stop, _VISITED.stop + len(THRESHOLD_BUCKETS))
@@ -67,7 +67,6 @@ class Snapshot:
 
     slots: int
     active_slots: int
-    state_bytes: int
     rows: Counts
     blocks_visited: Counts
     blocks_total: Counts
@@ -78,7 +77,6 @@ class Snapshot:
         return cls(
             int(values[1]),
             int(values[2]),
-            int(values[3]),
             values[_ROWS],
             values[_VISITED],
             values[_TOTAL],
@@ -122,10 +120,6 @@ class StepCounters:
 
     def set_active_slots(self, slots: int) -> None:
         self._values[2] = slots
-
-    def set_state_bytes(self, size: int) -> None:
-        """Memory of skip state, without the summaries of a cache."""
-        self._values[3] = size
 
     def read(self) -> Snapshot:
         return Snapshot.of(np.array(self._values))
@@ -185,9 +179,6 @@ class LiteAttnCollector(Collector):
         yield fallbacks
         yield GaugeMetricFamily("lite_attn_active_slots", "Sequences that hold skip state.", counted.active_slots)
         yield GaugeMetricFamily("lite_attn_slots", "Sequences that can hold skip state.", counted.slots)
-        yield GaugeMetricFamily(
-            "lite_attn_state_bytes", "Memory of skip state; of tensor-parallel ranks, the first.", counted.state_bytes
-        )
 
 
 _collectors: WeakKeyDictionary[CollectorRegistry, LiteAttnCollector] = WeakKeyDictionary()

@@ -11,11 +11,10 @@ import functools
 import inspect
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,6 @@ from vllm_omni.diffusion.forward_context import get_forward_context, is_forward_
 from lite_attention import LiteAttention, ops
 from lite_attention.backend.denoising import state_at, text_ranges, valid_keys
 from lite_attention.backend.omni.models import Family, conditioning, family_of
-from lite_attention.pool import StatePool
 from lite_attention.ranges import Range
 from lite_attention.serving.params import DenoiseOptions
 from lite_attention.tiles import BLOCK_K, TILE_Q, ceil_div
@@ -47,7 +45,6 @@ class Request:
 
     Attributes:
         rows: how many rows of a batch are its own.
-        pool: where its states come from.
         states: by branch and layer, with the step at which each was last used.
         visited, total: (query tile, key block) pairs, over all layers, branches and steps.
     """
@@ -55,16 +52,13 @@ class Request:
     request_id: str
     options: DenoiseOptions
     rows: int
-    pool: StatePool | None = None
     states: dict[tuple[int, int], tuple[LiteAttention, int]] = field(default_factory=dict)
     visited: Tensor | float = 0.0
     total: int = 0
 
     def make(self) -> LiteAttention:
-        """A layer's attention, without state yet."""
-        attention = LiteAttention(self.options.threshold, refresh_interval=self.options.refresh_interval)
-        attention.pool = self.pool
-        return attention
+        """A layer's state."""
+        return LiteAttention(self.options.threshold, refresh_interval=self.options.refresh_interval)
 
     def count(self, query: Tensor, keys: int, share: Tensor | float | None) -> None:
         """Note which share of the pairs of an attention was skipped; a tensor stays on its device."""
@@ -219,27 +213,10 @@ def current() -> Execution | None:
     return getattr(_local, "execution", None)
 
 
-_pools: WeakKeyDictionary[Any, StatePool] = WeakKeyDictionary()
-
-
-def pooled_bytes() -> int:
-    """Bytes of skip state in this process, in use or kept for the next execution."""
-    return sum(pool.memory_bytes() for pool in list(_pools.values()))
-
-
 @contextmanager
-def executing(pipeline: Any, requests: list[Request], changed: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Requests are executed by this thread; their states end with them, however they end.
-
-    Args:
-        changed: called when `pooled_bytes` has changed.
-    """
+def executing(pipeline: Any, requests: list[Request]) -> Iterator[None]:
+    """Requests are executed by this thread; their states end with them, however they end."""
     _attach(pipeline)
-    pool = _pools.get(pipeline)
-    if pool is None:
-        pool = _pools[pipeline] = StatePool(changed)
-    for request in requests:
-        request.pool = pool
     before, _local.execution = current(), Execution(pipeline, requests)
     try:
         yield
@@ -247,7 +224,6 @@ def executing(pipeline: Any, requests: list[Request], changed: Callable[[], None
         _local.execution = before
         for request in requests:
             request.states.clear()
-        pool.end()
 
 
 @functools.cache
@@ -279,39 +255,26 @@ _ATTACHED = "_lite_attn_attached"
 
 def _attach(pipeline: Any) -> None:
     """Hook the transformers of a pipeline, and tell their long attentions that they may skip. Idempotent."""
+    from lite_attention.backend.omni.attention import LiteAttentionImpl
+
     if getattr(pipeline, _ATTACHED, False):
         return
     layers = 0
-    impls = {module for module in map(_implementation, pipeline.modules()) if module is not None}
     for module in pipeline.modules():
         family = family_of(module)
         if family is None:
             continue
         _hook(module, family)
         for name, attention in module.named_modules():
-            layer = _implementation(attention)
-            if layer is not None and family.layers.fullmatch(name):
+            layer = getattr(attention, "attention", None)
+            if isinstance(layer, LiteAttentionImpl) and family.layers.fullmatch(name):
                 layer.is_long = True
                 layers += layer.reason is None
     setattr(pipeline, _ATTACHED, True)
     if layers:
-        logger.info(
-            "LITE_ATTN acts on %d attention layers of %s; %d others, which are causal or not over the picture or "
-            "video itself, stay with the platform's attention",
-            layers,
-            type(pipeline).__name__,
-            len(impls) - layers,
-        )
+        logger.info("LITE_ATTN acts on %d attention layers of %s", layers, type(pipeline).__name__)
     else:
         say_once(f"{type(pipeline).__name__} has no transformer that it knows")
-
-
-def _implementation(module: nn.Module) -> LiteAttentionImpl | None:
-    """Our implementation of an attention layer of vLLM-Omni; None for other modules."""
-    from lite_attention.backend.omni.attention import LiteAttentionImpl
-
-    found = getattr(module, "attention", None)
-    return found if isinstance(found, LiteAttentionImpl) else None
 
 
 def _hook(transformer: nn.Module, family: Family) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lite_attention.backend.omni.execution import Request, executing, pooled_bytes
+from lite_attention.backend.omni.execution import Request, executing
 from lite_attention.backend.vllm.plugin import metrics_directory
 from lite_attention.backend.wrapping import wrap
 from lite_attention.serving import metrics
@@ -77,14 +77,13 @@ def _refusal(error: LiteParamError) -> Any:
 @contextmanager
 def _running(pipeline: Any, requests: list[Request]) -> Iterator[None]:
     """`executing`, counted."""
-    counters = _counters
-    assert counters is not None
-    counters.set_active_slots(sum(request.options.skips for request in requests))
+    assert _counters is not None
+    _counters.set_active_slots(sum(request.options.skips for request in requests))
     try:
-        with executing(pipeline, requests, lambda: counters.set_state_bytes(pooled_bytes())):
+        with executing(pipeline, requests):
             yield
     finally:
-        counters.set_active_slots(0)
+        _counters.set_active_slots(0)
 
 
 def _execute_model(original: Callable[..., Any], self: Any, req: Any, *args: Any, **kwargs: Any) -> Any:

@@ -187,14 +187,8 @@ def _tracker_of(runner: Any) -> steps.StepTracker:
         server = ServerOptions.from_additional_config(config.additional_config)
         rank = config.parallel_config.rank
         counts_rows = rank % config.parallel_config.tensor_parallel_size == 0
-        layers = state.skipping_layers(config).values()
         tracker = runner.lite_attn_tracker = steps.create_tracker(
-            server,
-            support.pool_slots(config),
-            rank,
-            counts_rows,
-            state_bytes=sum(layer.impl.state.memory_bytes() for layer in layers),
-            dense_rows=runner.device.type == "cuda",
+            server, support.pool_slots(config), rank, counts_rows, dense_rows=runner.device.type == "cuda"
         )
     return tracker
 

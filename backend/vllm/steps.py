@@ -272,15 +272,14 @@ _tracker: StepTracker | None = None
 
 
 def create_tracker(
-    server: ServerOptions, slots: int, rank: int, counts_rows: bool, state_bytes: int, dense_rows: bool = False
+    server: ServerOptions, slots: int, rank: int, counts_rows: bool, dense_rows: bool = False
 ) -> StepTracker:
-    """Start this worker's bookkeeping; `state_bytes` is the memory of its layers' states."""
+    """Start this worker's bookkeeping."""
     global _tracker
     directory = os.environ.get(METRICS_DIRECTORY_VARIABLE)
     counters = None
     if directory is not None and counts_rows:
         counters = StepCounters.create(Path(directory) / f"worker-{os.getpid()}-{rank}", slots=slots - 1)
-        counters.set_state_bytes(state_bytes)
     _tracker = StepTracker(server, slots, counters, dense_rows)
     return _tracker
 

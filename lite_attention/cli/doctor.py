@@ -13,8 +13,6 @@ from rich.table import Table
 
 TESTED_VLLM = ("0.26", "0.30", "0.32")
 PLUGIN = "lite_attn"
-VIDEO_TOKENS = (32_760, 75_600)
-"""Of Wan 2.1 at 480p and 720p, 81 frames."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,24 +154,9 @@ def doctor() -> None:
     console.print(_installed(machine))
     choices = implementations(machine)
     console.print(_choice(choices))
-    if machine.torch is not None:
-        console.print(_state_sizes())
     if all(choice.obstacle for choice in choices):
         console.print("LITE_ATTN cannot run here.", style="red")
         raise typer.Exit(1)
-
-
-def _state_sizes() -> Table:
-    """What the skip state of a generated video takes."""
-    from lite_attention.state import SkipState
-
-    heads, layers, branches = 40, 40, 2
-    table = Table("tokens", "each layer", "whole model", title="Skip state of a video model", title_justify="left")
-    table.caption = f"{heads} heads, {layers} layers, {branches} guidance branches"
-    for tokens in VIDEO_TOKENS:
-        size = SkipState(1, heads, tokens, tokens, device="meta").memory_bytes()
-        table.add_row(f"{tokens:,}", f"{size / 1e6:.1f} MB", f"{size * layers * branches / 1e6:.0f} MB")
-    return table
 
 
 def _installed(machine: Machine) -> Table:
