@@ -42,8 +42,14 @@ class LayerState:
         return self.summaries
 
     def memory_bytes(self) -> int:
-        """Bytes of the state by slot, summaries not counted."""
-        return self.mask.nbytes + self.lse.nbytes
+        """Bytes of the state by slot and of the summaries."""
+        summaries = 0 if self.summaries is None else self.summaries.nbytes
+        return self.mask.nbytes + self.lse.nbytes + summaries
+
+
+def memory_bytes() -> int:
+    """Bytes of the state of all layers of this process."""
+    return sum(layer.memory_bytes() for layer in _layers)
 
 
 def copy_page(source: int, destination: int) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lite_attention.backend.requests import DecodeToken, RequestTable
+from lite_attention.backend.vllm import state
 from lite_attention.backend.vllm.plugin import METRICS_DIRECTORY_VARIABLE
 from lite_attention.serving.metrics import StepCounters
 from lite_attention.serving.params import DENSE, ServerOptions, parse_request_lenient
@@ -192,6 +193,8 @@ class StepTracker:
                 stats = self.stats.setdefault(token.request_id, RequestStats())
                 stats.visited += visited
                 stats.total += total
+        if self.counters is not None:
+            self.counters.set_state_bytes(state.memory_bytes())
         while len(self.stats) > MAX_KEPT_REQUESTS:
             self.stats.popitem(last=False)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from lite_attention.backend.vllm import steps
+from lite_attention.backend.vllm import state, steps
 from lite_attention.backend.vllm.steps import StepPlan, StepTracker
+from lite_attention.serving.metrics import StepCounters
 from lite_attention.serving.params import ServerOptions
 
 
@@ -118,3 +120,14 @@ def test_the_memory_of_ended_requests_is_bounded(monkeypatch: Any) -> None:
             plan(worker, [(1, 2)])
     assert list(worker.stats) == ["request-7", "request-8", "request-9"]
     assert worker.table.active_slots == 1
+
+
+def test_bytes_of_state_are_counted_with_their_summaries(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(state, "_layers", [])
+    layer = state.LayerState(slots=5, heads=4, kv_heads=2, max_tokens=1000)
+    layer.summaries_of(torch.zeros(7, 32, 2, 8))
+    worker = StepTracker(ServerOptions(), 5, StepCounters.create(tmp_path / "worker", slots=4))
+    with worker.step(scheduled(new("a", 2)), lambda: ["a"]):
+        plan(worker, [(2, 3)])
+    masks, lse, summaries = 5 * 2 * 2 * 4, 5 * 4 * 4, 7 * 2 * 2 * (2 * 8 + 8)
+    assert StepCounters.open(tmp_path / "worker").read().state_bytes == masks + lse + summaries
