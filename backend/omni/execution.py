@@ -1,8 +1,8 @@
 """The requests that a runner executes together: their options, their skip states, and what they skipped.
 
 State belongs to a request, a guidance branch and a layer, and ends with the execution, also with one that fails or is
-aborted. The branch is known from the embedding of the prompt that the transformer is called with, the step from the
-forward context of the pipelines that set it, else by counting the branch's calls.
+aborted: its memory goes back to a pool. The branch is known from the embedding of the prompt that the transformer is
+called with, the step from the forward context of the pipelines that set it, else by counting the branch's calls.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from vllm.logger import init_logger
 from vllm_omni.diffusion.forward_context import get_forward_context, is_forward_context_available
 
-from lite_attention import LiteAttention, ops
+from lite_attention import ops
 from lite_attention.backend.denoising import state_at, text_ranges, valid_keys
 from lite_attention.backend.omni.models import Family, conditioning, family_of
+from lite_attention.backend.omni.pool import PooledAttention, StatePool
 from lite_attention.ranges import Range
 from lite_attention.serving.params import DenoiseOptions
 from lite_attention.tiles import BLOCK_K, TILE_Q, ceil_div
@@ -52,13 +53,19 @@ class Request:
     request_id: str
     options: DenoiseOptions
     rows: int
-    states: dict[tuple[int, int], tuple[LiteAttention, int]] = field(default_factory=dict)
+    states: dict[tuple[int, int], tuple[PooledAttention, int]] = field(default_factory=dict)
     visited: Tensor | float = 0.0
     total: int = 0
 
-    def make(self) -> LiteAttention:
+    def make(self, pool: StatePool) -> PooledAttention:
         """A layer's state."""
-        return LiteAttention(self.options.threshold, refresh_interval=self.options.refresh_interval)
+        return PooledAttention(pool, self.options.threshold, refresh_interval=self.options.refresh_interval)
+
+    def release(self) -> None:
+        """Give all states back."""
+        for attention, _ in self.states.values():
+            attention.release()
+        self.states.clear()
 
     def count(self, query: Tensor, keys: int, share: Tensor | float | None) -> None:
         """Note which share of the pairs of an attention was skipped; a tensor stays on its device."""
@@ -101,11 +108,13 @@ class Execution:
     Args:
         pipeline: of the runner.
         requests: in the order of their rows in a batch.
+        pool: of their states.
     """
 
-    def __init__(self, pipeline: Any, requests: list[Request]) -> None:
+    def __init__(self, pipeline: Any, requests: list[Request], pool: StatePool) -> None:
         self.pipeline = pipeline
         self.requests = requests
+        self.pool = pool
         self.skips = any(request.options.skips for request in requests)
         self._call: _Call | None = None
         self._conditionings: list[Tensor] = []  # kept, so that no other tensor gets their addresses
@@ -181,7 +190,8 @@ class Execution:
             say_once(reason)
             request.count(query, key.shape[1], 0.0)
             return layer.dense(query, key, value, mask)
-        attention = state_at(request.states, (call.branch, layer.number), call.step, request.make)
+        make = functools.partial(request.make, self.pool)
+        attention = state_at(request.states, (call.branch, layer.number), call.step, make)
         ranges = call.text_ranges(key.shape[1], keys)
         out: Tensor = attention(query, key[:, :keys], value[:, :keys], layer.scale, must_visit=ranges)
         request.count(query, keys, attention.sparsity_tensor)
@@ -214,16 +224,20 @@ def current() -> Execution | None:
 
 
 @contextmanager
-def executing(pipeline: Any, requests: list[Request]) -> Iterator[None]:
-    """Requests are executed by this thread; their states end with them, however they end."""
+def executing(pipeline: Any, requests: list[Request], pool: StatePool) -> Iterator[None]:
+    """Requests are executed by this thread; their states end with them, however they end.
+
+    The pool keeps as much memory as they used.
+    """
     _attach(pipeline)
-    before, _local.execution = current(), Execution(pipeline, requests)
+    before, _local.execution = current(), Execution(pipeline, requests, pool)
     try:
         yield
     finally:
         _local.execution = before
         for request in requests:
-            request.states.clear()
+            request.release()
+        pool.trim()
 
 
 @functools.cache
