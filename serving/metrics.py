@@ -128,6 +128,10 @@ class StepCounters:
         """Memory of skip state, in use or kept for the next request."""
         self._values[_STATE_BYTES] = state_bytes
 
+    def end(self) -> None:
+        """The worker is gone, with its slots and memory; what it counted stays."""
+        self._values[[_SLOTS, _ACTIVE_SLOTS, _STATE_BYTES]] = 0
+
     def read(self) -> Snapshot:
         return Snapshot.of(np.array(self._values))
 

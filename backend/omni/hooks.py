@@ -14,11 +14,12 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lite_attention.backend.omni.execution import Request, executing
+from lite_attention.backend.omni.execution import Request, executing, uses_lite_attention
 from lite_attention.backend.omni.pool import StatePool
 from lite_attention.backend.vllm.plugin import metrics_directory
 from lite_attention.backend.wrapping import wrap
@@ -34,7 +35,7 @@ _stages = itertools.count()
 
 
 class _Stage:
-    """What belongs to one runner: vLLM-Omni may run several in a process, each with a model and options of its own.
+    """What belongs to one runner: vLLM-Omni may have several in a process, each with a model and options of its own.
 
     Attributes:
         server: its options.
@@ -48,13 +49,14 @@ class _Stage:
         path = metrics_directory() / f"omni-{os.getpid()}-{next(_stages)}"
         self.counters = metrics.StepCounters.create(path, slots=slots)
         self.pool = StatePool(self.counters.set_state_bytes)
+        weakref.finalize(self, self.counters.end).atexit = False  # with its runner
 
     @classmethod
-    def of(cls, runner: Any) -> _Stage:
-        """The stage of a runner, made when it is first asked for."""
-        stage: _Stage | None = getattr(runner, "lite_attn_stage", None)
-        if stage is None:
-            stage = runner.lite_attn_stage = cls(runner.od_config)
+    def of(cls, runner: Any) -> _Stage | None:
+        """The stage of a runner, made when it is first asked for; None where no layer is ours."""
+        if not hasattr(runner, "lite_attn_stage"):
+            runner.lite_attn_stage = cls(runner.od_config) if uses_lite_attention(runner.pipeline) else None
+        stage: _Stage | None = runner.lite_attn_stage
         return stage
 
 
@@ -111,6 +113,8 @@ def _running(stage: _Stage, pipeline: Any, requests: list[Request]) -> Iterator[
 
 def _execute_model(original: Callable[..., Any], self: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
     stage = _Stage.of(self)
+    if stage is None:
+        return original(self, req, *args, **kwargs)
     try:
         request = _parse(req, stage.server)
     except LiteParamError as error:
@@ -127,6 +131,8 @@ def _execute_model_batch(
     from vllm_omni.diffusion.worker.utils import BatchRunnerOutput, RunnerOutput
 
     stage = _Stage.of(self)
+    if stage is None:
+        return original(self, scheduler_output, *args, **kwargs)
     scheduled = scheduler_output.scheduled_new_reqs
     requests: list[Request] = []
     outputs: dict[str, Any] = {}

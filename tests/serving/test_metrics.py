@@ -43,6 +43,16 @@ def test_what_is_counted_is_read(tmp_path: Path) -> None:
     assert read.fallback_rows.sum() == 4
 
 
+def test_a_worker_that_is_gone_has_no_slots_and_no_memory(tmp_path: Path) -> None:
+    counters = StepCounters.create(tmp_path / "worker-0", slots=8)
+    counters.add_rows(-7.0, 2, 30, 100)
+    counters.set_active_slots(1)
+    counters.set_state_bytes(700)
+    counters.end()
+    read = read_directory(tmp_path)
+    assert (read.slots, read.active_slots, read.state_bytes, read.rows.sum()) == (0, 0, 0, 2)
+
+
 def test_a_reading_does_not_change_later(tmp_path: Path) -> None:
     counters = StepCounters.create(tmp_path / "worker-0", slots=1)
     before = counters.read()
