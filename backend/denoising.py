@@ -18,11 +18,10 @@ TextAt = Literal["none", "start", "end"]
 """Where the tokens of the prompt stand among those of the picture or video."""
 
 Key = TypeVar("Key", bound=Hashable)
+Layer = TypeVar("Layer", bound=LiteAttention)
 
 
-def state_at(
-    states: dict[Key, tuple[LiteAttention, int]], key: Key, step: int, make: Callable[[], LiteAttention]
-) -> LiteAttention:
+def state_at(states: dict[Key, tuple[Layer, int]], key: Key, step: int, make: Callable[[], Layer]) -> Layer:
     """The state of a key for a step, made if need be and without what is too old; it is noted as used then."""
     attention, last = states.get(key) or (make(), step)
     if step - last > MAX_GAP:

@@ -289,10 +289,14 @@ class LiteAttention(nn.Module):
             )
             # A state made in inference mode could not be updated outside it.
             with torch.inference_mode(False):
-                self._state = SkipState(batch, heads, tokens_q, key.shape[1], rule=self.rule, device=query.device)
+                self._state = self._make_state(batch, heads, tokens_q, key.shape[1], query.device)
             self._state_key = state_key
             self._steps = 0
         return self._state
+
+    def _make_state(self, slots: int, heads: int, tokens_q: int, tokens_k: int, device: torch.device) -> SkipState:
+        """A fresh state in place of the one before."""
+        return SkipState(slots, heads, tokens_q, tokens_k, rule=self.rule, device=device)
 
     def _forced_words(
         self, must_visit: list[Range], must_skip: list[Range], tokens: int, device: torch.device

@@ -46,9 +46,10 @@ FALLBACK_REASONS: Final = (
 
 Counts = NDArray[np.int64]
 
-# A counter file is an array of int64: the layout's mark, two gauges, then these groups of counters.
-_MARK = 0x4C495445_0001
-_HEADER = 3
+# A counter file is an array of int64: the layout's mark, three gauges, then these groups of counters.
+_MARK = 0x4C495445_0002
+_SLOTS, _ACTIVE_SLOTS, _STATE_BYTES = range(1, 4)
+_HEADER = 4
 _ROWS = slice(_HEADER, _HEADER + len(THRESHOLD_BUCKETS))
 _VISITED = slice(_ROWS.stop, _ROWS.stop + len(THRESHOLD_BUCKETS))
 _TOTAL = slice(_VISITED.stop, _VISITED.stop + len(THRESHOLD_BUCKETS))
@@ -67,6 +68,7 @@ class Snapshot:
 
     slots: int
     active_slots: int
+    state_bytes: int
     rows: Counts
     blocks_visited: Counts
     blocks_total: Counts
@@ -75,8 +77,9 @@ class Snapshot:
     @classmethod
     def of(cls, values: Counts) -> Self:
         return cls(
-            int(values[1]),
-            int(values[2]),
+            int(values[_SLOTS]),
+            int(values[_ACTIVE_SLOTS]),
+            int(values[_STATE_BYTES]),
             values[_ROWS],
             values[_VISITED],
             values[_TOTAL],
@@ -95,7 +98,7 @@ class StepCounters:
         """A new file with nothing counted, for a worker with that many slots."""
         path.parent.mkdir(parents=True, exist_ok=True)
         values = np.memmap(path, dtype=np.int64, mode="w+", shape=(_LENGTH,))
-        values[1] = slots
+        values[_SLOTS] = slots
         values[0] = _MARK  # last: before it, the file counts as unfinished
         return cls(values)
 
@@ -119,7 +122,15 @@ class StepCounters:
         self._values[_FALLBACKS.start + FALLBACK_REASONS.index(reason)] += rows
 
     def set_active_slots(self, slots: int) -> None:
-        self._values[2] = slots
+        self._values[_ACTIVE_SLOTS] = slots
+
+    def set_state_bytes(self, state_bytes: int) -> None:
+        """Memory of skip state, in use or kept for the next request."""
+        self._values[_STATE_BYTES] = state_bytes
+
+    def end(self) -> None:
+        """The worker is gone, with its slots and memory; what it counted stays."""
+        self._values[[_SLOTS, _ACTIVE_SLOTS, _STATE_BYTES]] = 0
 
     def read(self) -> Snapshot:
         return Snapshot.of(np.array(self._values))
@@ -179,6 +190,7 @@ class LiteAttnCollector(Collector):
         yield fallbacks
         yield GaugeMetricFamily("lite_attn_active_slots", "Sequences that hold skip state.", counted.active_slots)
         yield GaugeMetricFamily("lite_attn_slots", "Sequences that can hold skip state.", counted.slots)
+        yield GaugeMetricFamily("lite_attn_state_bytes", "Bytes of skip state, in use or kept.", counted.state_bytes)
 
 
 _collectors: WeakKeyDictionary[CollectorRegistry, LiteAttnCollector] = WeakKeyDictionary()

@@ -1,8 +1,8 @@
 """The requests that a runner executes together: their options, their skip states, and what they skipped.
 
 State belongs to a request, a guidance branch and a layer, and ends with the execution, also with one that fails or is
-aborted. The branch is known from the embedding of the prompt that the transformer is called with, the step from the
-forward context of the pipelines that set it, else by counting the branch's calls.
+aborted: its memory goes back to a pool. The branch is known from the embedding of the prompt that the transformer is
+called with, the step from the forward context of the pipelines that set it, else by counting the branch's calls.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from vllm.logger import init_logger
 from vllm_omni.diffusion.forward_context import get_forward_context, is_forward_context_available
 
-from lite_attention import LiteAttention, ops
+from lite_attention import ops
 from lite_attention.backend.denoising import state_at, text_ranges, valid_keys
 from lite_attention.backend.omni.models import Family, conditioning, family_of
+from lite_attention.backend.omni.pool import PooledAttention, StatePool
 from lite_attention.ranges import Range
 from lite_attention.serving.params import DenoiseOptions
 from lite_attention.tiles import BLOCK_K, TILE_Q, ceil_div
@@ -35,6 +36,11 @@ logger = init_logger("vllm.lite_attn")
 
 MAX_BRANCHES = 8
 """More embeddings of prompts than this in one execution, and they are no sign of the branch: new ones at each step."""
+
+_HIDES_OTHERS = "an attention mask hides other keys than the last ones"
+
+Census = dict[Any, str | None]
+"""By attention layer, why it stays on stock attention; None where it can skip."""
 
 _local = threading.local()
 
@@ -52,13 +58,19 @@ class Request:
     request_id: str
     options: DenoiseOptions
     rows: int
-    states: dict[tuple[int, int], tuple[LiteAttention, int]] = field(default_factory=dict)
+    states: dict[tuple[int, int], tuple[PooledAttention, int]] = field(default_factory=dict)
     visited: Tensor | float = 0.0
     total: int = 0
 
-    def make(self) -> LiteAttention:
+    def make(self, pool: StatePool) -> PooledAttention:
         """A layer's state."""
-        return LiteAttention(self.options.threshold, refresh_interval=self.options.refresh_interval)
+        return PooledAttention(pool, self.options.threshold, refresh_interval=self.options.refresh_interval)
+
+    def release(self) -> None:
+        """Give all states back."""
+        for attention, _ in self.states.values():
+            attention.release()
+        self.states.clear()
 
     def count(self, query: Tensor, keys: int, share: Tensor | float | None) -> None:
         """Note which share of the pairs of an attention was skipped; a tensor stays on its device."""
@@ -101,11 +113,15 @@ class Execution:
     Args:
         pipeline: of the runner.
         requests: in the order of their rows in a batch.
+        pool: of their states.
+        census: where to note of each layer why it stays on stock attention, None if it can skip; None to note nothing.
     """
 
-    def __init__(self, pipeline: Any, requests: list[Request]) -> None:
+    def __init__(self, pipeline: Any, requests: list[Request], pool: StatePool, census: Census | None = None) -> None:
         self.pipeline = pipeline
         self.requests = requests
+        self.pool = pool
+        self.census = census
         self.skips = any(request.options.skips for request in requests)
         self._call: _Call | None = None
         self._conditionings: list[Tensor] = []  # kept, so that no other tensor gets their addresses
@@ -128,21 +144,13 @@ class Execution:
         self, layer: LiteAttentionImpl, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Attention of one layer, tensors (batch, tokens, heads, head_dim); `mask` as the stock backend takes it."""
-        if not self.skips:
-            return layer.dense(query, key, value, mask)
         call = self._call
-        reason = _no_skipping(query, key, value)
-        if call is None:
-            reason = "the guidance branch of a call of the transformer is not known"
-        elif call.family.text != "none" and _sequence_parallel():
-            reason = "under sequence parallelism it is not known where the prompt's tokens stand"
-        rows = [request.rows for request in self.requests]
-        if len(rows) == 1:
-            rows = [query.shape[0]]
-        elif sum(rows) != query.shape[0]:
-            reason = "the rows of a batch are not those of its requests"
-        if call is None or reason is not None:
-            say_once(reason)
+        rows = [request.rows for request in self.requests] if len(self.requests) > 1 else [query.shape[0]]
+        reason = self._obstacle(rows, query, key, value) if self.skips or self.census is not None else None
+        if self.census is not None:
+            self.census[layer] = reason or (None if mask is None or valid_keys(mask) else _HIDES_OTHERS)
+        if call is None or reason is not None or not self.skips:
+            say_once(reason if self.skips else None)
             return layer.dense(query, key, value, mask)
         parts = []
         start = 0
@@ -153,6 +161,16 @@ class Execution:
             parts.append(self._attend(place, request, call, layer, query[row], key[row], value[row], part))
             start += count
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _obstacle(self, rows: list[int], query: Tensor, key: Tensor, value: Tensor) -> str | None:
+        """Why an attention of this call cannot skip; `rows` of each request."""
+        if self._call is None:
+            return "the guidance branch of a call of the transformer is not known"
+        if self._call.family.text != "none" and _sequence_parallel():
+            return "under sequence parallelism it is not known where the prompt's tokens stand"
+        if sum(rows) != query.shape[0]:
+            return "the rows of a batch are not those of its requests"
+        return _no_skipping(query, key, value)
 
     def _attend(
         self,
@@ -173,7 +191,7 @@ class Execution:
         total = self._total_steps() if options.cooldown_steps else None
         reason = None
         if not keys:
-            reason = "an attention mask hides other keys than the last ones"
+            reason = _HIDES_OTHERS
         elif options.cooldown_steps and total is None:
             reason = "the pipeline does not say how many steps it takes, which cooldown_steps needs"
         cooldown = total is not None and call.step >= total - options.cooldown_steps
@@ -181,7 +199,8 @@ class Execution:
             say_once(reason)
             request.count(query, key.shape[1], 0.0)
             return layer.dense(query, key, value, mask)
-        attention = state_at(request.states, (call.branch, layer.number), call.step, request.make)
+        make = functools.partial(request.make, self.pool)
+        attention = state_at(request.states, (call.branch, layer.number), call.step, make)
         ranges = call.text_ranges(key.shape[1], keys)
         out: Tensor = attention(query, key[:, :keys], value[:, :keys], layer.scale, must_visit=ranges)
         request.count(query, keys, attention.sparsity_tensor)
@@ -214,16 +233,22 @@ def current() -> Execution | None:
 
 
 @contextmanager
-def executing(pipeline: Any, requests: list[Request]) -> Iterator[None]:
-    """Requests are executed by this thread; their states end with them, however they end."""
-    _attach(pipeline)
-    before, _local.execution = current(), Execution(pipeline, requests)
+def executing(pipeline: Any, requests: list[Request], pool: StatePool) -> Iterator[None]:
+    """Requests are executed by this thread; their states end with them, however they end.
+
+    The pool keeps as much memory as they used.
+    """
+    census = _attach(pipeline)
+    before, _local.execution = current(), Execution(pipeline, requests, pool, census)
     try:
         yield
     finally:
         _local.execution = before
         for request in requests:
-            request.states.clear()
+            request.release()
+        pool.trim()
+        if census is not None:
+            _say_census(pipeline, census)
 
 
 @functools.cache
@@ -253,13 +278,25 @@ def _sequence_parallel() -> bool:
 _ATTACHED = "_lite_attn_attached"
 
 
-def _attach(pipeline: Any) -> None:
-    """Hook the transformers of a pipeline, and tell their long attentions that they may skip. Idempotent."""
+def uses_lite_attention(pipeline: Any) -> bool:
+    """Whether a pipeline has an attention layer that is ours."""
+    from lite_attention.backend.omni.attention import LiteAttentionImpl
+
+    return any(isinstance(getattr(module, "attention", None), LiteAttentionImpl) for module in pipeline.modules())
+
+
+def _attach(pipeline: Any) -> Census | None:
+    """Hook the transformers of a pipeline, and tell their long attentions that they may skip. Idempotent.
+
+    Returns:
+        What can be said of its attention layers now, the first time; then None.
+    """
+    from vllm_omni.diffusion.attention.layer import Attention
+
     from lite_attention.backend.omni.attention import LiteAttentionImpl
 
     if getattr(pipeline, _ATTACHED, False):
-        return
-    layers = 0
+        return None
     for module in pipeline.modules():
         family = family_of(module)
         if family is None:
@@ -269,12 +306,24 @@ def _attach(pipeline: Any) -> None:
             layer = getattr(attention, "attention", None)
             if isinstance(layer, LiteAttentionImpl) and family.layers.fullmatch(name):
                 layer.is_long = True
-                layers += layer.reason is None
-    setattr(pipeline, _ATTACHED, True)
-    if layers:
-        logger.info("LITE_ATTN acts on %d attention layers of %s", layers, type(pipeline).__name__)
-    else:
+    census: Census = {}
+    for attention in pipeline.modules():
+        layer = getattr(attention, "attention", None)
+        if isinstance(layer, LiteAttentionImpl):
+            census[layer] = layer.reason if layer.is_long else "no long self-attention of a transformer that it knows"
+        elif isinstance(attention, Attention):
+            census[layer] = "another backend was asked for"
+    if not any(isinstance(layer, LiteAttentionImpl) and layer.is_long for layer in census):
         say_once(f"{type(pipeline).__name__} has no transformer that it knows")
+    setattr(pipeline, _ATTACHED, True)
+    return census
+
+
+def _say_census(pipeline: Any, census: Census) -> None:
+    stock = Counter(reason for reason in census.values() if reason is not None)
+    reasons = "".join(f"; {count} on stock attention ({reason})" for reason, count in stock.most_common())
+    name = type(pipeline).__name__
+    logger.info("LITE_ATTN acts on %d attention layers of %s%s", len(census) - stock.total(), name, reasons)
 
 
 def _hook(transformer: nn.Module, family: Family) -> None:

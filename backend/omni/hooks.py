@@ -12,12 +12,15 @@ answered by an output that carries the error.
 from __future__ import annotations
 
 import copy
+import itertools
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lite_attention.backend.omni.execution import Request, executing
+from lite_attention.backend.omni.execution import Request, executing, uses_lite_attention
+from lite_attention.backend.omni.pool import StatePool
 from lite_attention.backend.vllm.plugin import metrics_directory
 from lite_attention.backend.wrapping import wrap
 from lite_attention.serving import metrics
@@ -28,12 +31,41 @@ TESTED_VERSIONS = ("0.30",)
 
 _DUMMY = DenoiseOptions(threshold=0.0, enable=False, refresh_interval=0, warmup_steps=0, cooldown_steps=0)
 
-_server = DenoiseServerOptions()
-_counters: metrics.StepCounters | None = None
+_stages = itertools.count()
+
+
+class _Stage:
+    """What belongs to one runner: vLLM-Omni may have several in a process, each with a model and options of its own.
+
+    Attributes:
+        server: its options.
+        counters: its metrics.
+        pool: memory of its requests' states.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.server = _server_options(config)
+        slots = int(getattr(config, "max_num_seqs", None) or 1)
+        path = metrics_directory() / f"omni-{os.getpid()}-{next(_stages)}"
+        self.counters = metrics.StepCounters.create(path, slots=slots)
+        self.pool = StatePool(self.counters.set_state_bytes)
+        weakref.finalize(self, self.counters.end).atexit = False  # with its runner
+
+    @classmethod
+    def of(cls, runner: Any) -> _Stage | None:
+        """The stage of a runner, made when it is first asked for; None where no layer is ours."""
+        if not hasattr(runner, "lite_attn_stage"):
+            runner.lite_attn_stage = cls(runner.od_config) if uses_lite_attention(runner.pipeline) else None
+        stage: _Stage | None = runner.lite_attn_stage
+        return stage
+
+
+def _server_options(config: Any) -> DenoiseServerOptions:
+    return DenoiseServerOptions.from_additional_config(getattr(config, "additional_config", None))
 
 
 def install(config: Any) -> None:
-    """Wrap this process's runner and engine, and read the server's options. Idempotent.
+    """Wrap this process's runner and engine, and check the server's options. Idempotent.
 
     Args:
         config: vLLM-Omni's configuration of a diffusion stage; None where there is none.
@@ -42,10 +74,7 @@ def install(config: Any) -> None:
         ValueError: an option of the server cannot be used.
         RuntimeError: this vLLM-Omni lacks what is to be wrapped.
     """
-    global _server, _counters
-    _server = DenoiseServerOptions.from_additional_config(getattr(config, "additional_config", None))
-    if _counters is not None:
-        return
+    _server_options(config)
     from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
     from vllm_omni.diffusion.worker.diffusion_model_runner import DiffusionModelRunner
     from vllm_omni.version import __version__ as version
@@ -54,16 +83,13 @@ def install(config: Any) -> None:
     wrap(DiffusionModelRunner, "execute_model", _execute_model, engine, tested)
     wrap(DiffusionModelRunner, "execute_model_batch", _execute_model_batch, engine, tested)
     wrap(DiffusionEngine, "postprocess_output", _postprocess_output, engine, tested)
-    directory = metrics_directory()
-    slots = int(getattr(config, "max_num_seqs", None) or 1)
-    _counters = metrics.StepCounters.create(directory / f"omni-{os.getpid()}", slots=slots)
-    metrics.register(directory)
+    metrics.register(metrics_directory())
 
 
-def _parse(request: Any) -> Request:
+def _parse(request: Any, server: DenoiseServerOptions) -> Request:
     params = request.sampling_params
     dummy = request.is_dummy_run_request_id(request.request_id)
-    options = _DUMMY if dummy else parse_denoise_request(params.extra_args, _server)
+    options = _DUMMY if dummy else parse_denoise_request(params.extra_args, server)
     return Request(request.request_id, options, params.num_outputs_per_prompt or 1)
 
 
@@ -75,25 +101,27 @@ def _refusal(error: LiteParamError) -> Any:
 
 
 @contextmanager
-def _running(pipeline: Any, requests: list[Request]) -> Iterator[None]:
+def _running(stage: _Stage, pipeline: Any, requests: list[Request]) -> Iterator[None]:
     """`executing`, counted."""
-    assert _counters is not None
-    _counters.set_active_slots(sum(request.options.skips for request in requests))
+    stage.counters.set_active_slots(sum(request.options.skips for request in requests))
     try:
-        with executing(pipeline, requests):
+        with executing(pipeline, requests, stage.pool):
             yield
     finally:
-        _counters.set_active_slots(0)
+        stage.counters.set_active_slots(0)
 
 
 def _execute_model(original: Callable[..., Any], self: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    stage = _Stage.of(self)
+    if stage is None:
+        return original(self, req, *args, **kwargs)
     try:
-        request = _parse(req)
+        request = _parse(req, stage.server)
     except LiteParamError as error:
         return _refusal(error)
-    with _running(self.pipeline, [request]):
+    with _running(stage, self.pipeline, [request]):
         output = original(self, req, *args, **kwargs)
-    _finish(request, output)
+    _finish(stage, request, output)
     return output
 
 
@@ -102,12 +130,15 @@ def _execute_model_batch(
 ) -> Any:
     from vllm_omni.diffusion.worker.utils import BatchRunnerOutput, RunnerOutput
 
+    stage = _Stage.of(self)
+    if stage is None:
+        return original(self, scheduler_output, *args, **kwargs)
     scheduled = scheduler_output.scheduled_new_reqs
     requests: list[Request] = []
     outputs: dict[str, Any] = {}
     for new in scheduled:
         try:
-            requests.append(_parse(new.req))
+            requests.append(_parse(new.req, stage.server))
         except LiteParamError as error:
             refusal = _refusal(error)
             outputs[new.request_id] = RunnerOutput(
@@ -116,20 +147,19 @@ def _execute_model_batch(
     if requests:
         good = copy.copy(scheduler_output)
         good.scheduled_new_reqs = [new for new in scheduled if new.request_id not in outputs]
-        with _running(self.pipeline, requests):
+        with _running(stage, self.pipeline, requests):
             done = original(self, good, *args, **kwargs).runner_outputs
             outputs |= {output.request_id: output for output in done}
         for request in requests:
-            _finish(request, outputs[request.request_id].result)
+            _finish(stage, request, outputs[request.request_id].result)
     return BatchRunnerOutput.from_list([outputs[new.request_id] for new in scheduled])
 
 
-def _finish(request: Request, output: Any) -> None:
+def _finish(stage: _Stage, request: Request, output: Any) -> None:
     """Count what a request skipped, and note it in its output."""
     visited = round(float(request.visited))
-    assert _counters is not None
     if request.total:
-        _counters.add_rows(request.options.threshold, request.rows, visited, request.total)
+        stage.counters.add_rows(request.options.threshold, request.rows, visited, request.total)
     sparsity = 1 - visited / request.total if request.total else None
     output.lite_attn = {"sparsity": sparsity, "blocks_visited": visited, "blocks_total": request.total}
 

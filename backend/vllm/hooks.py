@@ -198,10 +198,16 @@ def _execute_model(original: Callable[..., Any], self: Any, scheduler_output: An
         return original(self, scheduler_output, *args, **kwargs)
     copies = getattr(scheduler_output, "kv_cache_block_copies", None)
     if copies:
-        states = [layer.impl.state for layer in state.skipping_layers(self.vllm_config).values()]
-        state.copy_blocks(states, copies, self.kv_cache_config.num_blocks)
-    with _tracker_of(self).step(scheduler_output, lambda: _input_batch(self).req_ids):
-        return original(self, scheduler_output, *args, **kwargs)
+        state.copy_blocks(_states_of(self), copies, self.kv_cache_config.num_blocks)
+    tracker = _tracker_of(self)
+    with tracker.step(scheduler_output, lambda: _input_batch(self).req_ids):
+        result = original(self, scheduler_output, *args, **kwargs)
+    tracker.count_memory(lambda: state.memory_bytes(_states_of(self)))
+    return result
+
+
+def _states_of(runner: Any) -> list[state.LayerState]:
+    return [layer.impl.state for layer in state.skipping_layers(runner.vllm_config).values()]
 
 
 def _input_batch(runner: Any) -> Any:

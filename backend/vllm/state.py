@@ -53,6 +53,12 @@ class LayerState:
         return self.mask.nbytes
 
 
+def memory_bytes(states: Sequence[LayerState]) -> int:
+    """Bytes of the states of layers, and of the summaries, which some may share."""
+    summaries = {id(state.summaries): state.summaries.nbytes for state in states if state.summaries is not None}
+    return sum(state.memory_bytes() for state in states) + sum(summaries.values())
+
+
 def skipping_layers(vllm_config: Any) -> dict[str, Any]:
     """The attention layers of an engine, by name, that have a skip state."""
     layers = vllm_config.compilation_config.static_forward_context

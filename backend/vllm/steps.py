@@ -133,6 +133,7 @@ class StepTracker:
     table: RequestTable = field(init=False)
     stats: OrderedDict[str, RequestStats] = field(default_factory=OrderedDict)
     _step: _Step | None = None
+    _memory_counted: bool = False
     _visits: deque[_Visits] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
@@ -200,6 +201,12 @@ class StepTracker:
         """Decode rows that ask for skipping went to stock attention."""
         if self.counters is not None and rows:
             self.counters.add_fallback(reason, rows)
+
+    def count_memory(self, state_bytes: Callable[[], int]) -> None:
+        """Call this after steps: what state takes is asked for once, when the first has allocated all of it."""
+        if not self._memory_counted and self.counters is not None:
+            self.counters.set_state_bytes(state_bytes())
+        self._memory_counted = True
 
     def _follow_scheduler(self, scheduled: Any) -> None:
         for request_id in scheduled.finished_req_ids:

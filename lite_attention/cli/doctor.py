@@ -6,10 +6,18 @@ import importlib.metadata
 import os
 import platform
 from dataclasses import dataclass
+from typing import get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from lite_attention.options import Rule
+
+VIDEO_HEADS, VIDEO_LAYERS, VIDEO_BRANCHES = 40, 40, 2
+"""Of Wan 14B with guidance, whose state the doctor reckons."""
+
+VIDEO_TOKENS = {"480p, 81 frames": 32_760, "720p, 81 frames": 75_600}
 
 TESTED_VLLM = ("0.26", "0.30", "0.32")
 PLUGIN = "lite_attn"
@@ -139,10 +147,19 @@ def implementations(machine: Machine) -> list[Implementation]:
     ]
 
 
+def video_state_bytes(tokens: int, rule: Rule) -> int:
+    """Bytes of skip state for one request of a video model, over its layers and guidance branches."""
+    from lite_attention.state import SkipState
+
+    state = SkipState(1, VIDEO_HEADS, tokens, tokens, rule=rule, device="meta")
+    return VIDEO_LAYERS * VIDEO_BRANCHES * state.memory_bytes()
+
+
 def doctor() -> None:
     """Say which implementation of LITE_ATTN runs here.
 
-    Also what is installed, and why the other implementations do not run. The exit status is 1 if none does.
+    Also what is installed, why the other implementations do not run, and what memory skipping in videos takes.
+    The exit status is 1 if no implementation runs.
 
     \b
     Example:
@@ -154,6 +171,8 @@ def doctor() -> None:
     console.print(_installed(machine))
     choices = implementations(machine)
     console.print(_choice(choices))
+    if machine.torch:
+        console.print(_video_state())
     if all(choice.obstacle for choice in choices):
         console.print("LITE_ATTN cannot run here.", style="red")
         raise typer.Exit(1)
@@ -186,4 +205,13 @@ def _choice(choices: list[Implementation]) -> Table:
     table = Table("implementation", "", title="LITE_ATTN", title_justify="left")
     for choice in choices:
         table.add_row(choice.name, f"not used: {choice.obstacle}" if choice.obstacle else "[green]will run[/]")
+    return table
+
+
+def _video_state() -> Table:
+    title = f"Skip state of a video ({VIDEO_LAYERS} layers, {VIDEO_HEADS} heads, {VIDEO_BRANCHES} branches)"
+    table = Table("video", "tokens", *(f"rule {rule}" for rule in get_args(Rule)), title=title, title_justify="left")
+    for video, tokens in VIDEO_TOKENS.items():
+        sizes = (f"{video_state_bytes(tokens, rule) / 1e6:,.0f} MB" for rule in get_args(Rule))
+        table.add_row(video, f"{tokens:,}", *sizes)
     return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lite_attention.backend.requests import SCRATCH_SLOT
-from lite_attention.backend.vllm import steps
+from lite_attention.backend.vllm import state, steps
 from lite_attention.backend.vllm.steps import StepPlan, StepTracker
+from lite_attention.serving.metrics import StepCounters
 from lite_attention.serving.params import ServerOptions
 
 
@@ -247,3 +249,17 @@ def test_the_memory_of_ended_requests_is_bounded(monkeypatch: Any) -> None:
             pass
     assert list(worker.stats) == ["request-7", "request-8", "request-9"]
     assert worker.table.active_slots == 0
+
+
+def test_bytes_of_state_are_counted_once_with_summaries_that_layers_share(tmp_path: Path) -> None:
+    layers = [state.LayerState(slots=5, kv_heads=2, max_tokens=1000) for _ in range(2)]
+    keys = torch.zeros(7, 32, 2, 8)
+    for layer in layers:
+        layer.summaries_of(keys)
+    masks, summaries = 2 * layers[0].mask.nbytes, layers[0].summaries_of(keys).nbytes
+    assert state.memory_bytes(layers) == masks + summaries
+    counters = StepCounters.create(tmp_path / "worker", slots=4)
+    worker = StepTracker(ServerOptions(), 5, counters)
+    worker.count_memory(lambda: state.memory_bytes(layers))
+    worker.count_memory(lambda: 0)
+    assert counters.read().state_bytes == masks + summaries

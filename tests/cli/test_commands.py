@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from lite_attention.cli import app
 from lite_attention.cli import generate as generate_module
 from lite_attention.cli import model as model_module
-from lite_attention.cli.doctor import Machine, implementations
+from lite_attention.cli.doctor import Machine, implementations, video_state_bytes
 from lite_attention.cli.jobs import Batch, Rejected, Result
 from lite_attention.cli.serve import take_flag, vllm_arguments
 from lite_attention.version import __version__
@@ -262,6 +262,14 @@ def test_which_implementation_runs(machine: Machine, runs: str | None, monkeypat
     shown = run("doctor")
     assert shown.exit_code == (0 if runs else 1)
     assert ("will run" in shown.output) == bool(runs)
+    assert ("75,600" in shown.output) == bool(machine.torch)
+
+
+@pytest.mark.parametrize(("tokens", "tiles", "words"), [(32_760, 256, 16), (75_600, 591, 37)])
+def test_skip_state_of_a_video_is_reckoned_from_its_layout(tokens: int, tiles: int, words: int) -> None:
+    masks = 40 * 2 * 40 * tiles * words * 4
+    assert video_state_bytes(tokens, "running_max") == masks <= 300e6
+    assert video_state_bytes(tokens, "mass") == masks + 40 * 2 * 40 * tokens * 4
 
 
 # model

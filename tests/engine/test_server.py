@@ -138,6 +138,7 @@ def test_requests_with_different_thresholds_are_counted_apart(server: Server) ->
         sparsity[threshold] = 1 - (now_visited - visited) / (now_blocks - blocks)
     assert sparsity[-3] > sparsity[-6] > sparsity[-9] > 0
     assert server.metric("lite_attn_slots") == 8
+    assert server.metric("lite_attn_state_bytes") > 0
     server.complete("x", None, 1)
     assert server.metric("lite_attn_active_slots") <= 1
 

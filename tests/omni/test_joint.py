@@ -53,20 +53,24 @@ def transformer(name: str, text_first: bool) -> Any:
     return made
 
 
-def run(module: Any, steps: int = 6, mask: Tensor | None = None, new_embeddings: bool = False) -> tuple[Any, Any]:
+def run(
+    module: Any, steps: int = 6, mask: Tensor | None = None, new_embeddings: bool = False
+) -> tuple[Any, list[Tensor]]:
+    """The request, and the masks of its states after the last step."""
     from lite_attention.backend.omni.execution import Request, executing
+    from lite_attention.backend.omni.pool import StatePool
 
     generator = torch.Generator().manual_seed(0)
     request = Request("one", OPTIONS, 1)
     text = torch.randn(1, TEXT, 16, generator=generator)
-    states = {}
-    with torch.no_grad(), executing(nn.ModuleDict({"transformer": module}), [request]):
+    masks: list[Tensor] = []
+    with torch.no_grad(), executing(nn.ModuleDict({"transformer": module}), [request], StatePool()):
         for _ in range(steps):
             sample = 2 * torch.randn(1, 16, *GRID, generator=generator)
             module(sample, encoder_hidden_states=text.clone() if new_embeddings else text, mask=mask)
-            states = dict(request.states)
+            masks = [attention.skip_state.mask.clone() for attention, _ in request.states.values()]
     assert not request.states
-    return request, states
+    return request, masks
 
 
 @pytest.mark.parametrize(
@@ -80,9 +84,8 @@ def run(module: Any, steps: int = 6, mask: Tensor | None = None, new_embeddings:
 def test_the_prompt_is_always_visited(name: str, text_first: bool) -> None:
     module = transformer(name, text_first)
     assert list(inspect.signature(module.forward).parameters)[1] == "encoder_hidden_states"
-    request, states = run(module)
-    ((attention, _),) = states.values()
-    words = attention.skip_state.mask[0, 0, :, 0]
+    request, (mask,) = run(module)
+    words = mask[0, 0, :, 0]
     visited = torch.stack([(words >> block) & 1 for block in range(7)], 1).bool()  # (tiles, blocks)
     prompt = [0, 1] if text_first else [5, 6]
     assert bool(visited[:, prompt].all())
@@ -102,8 +105,8 @@ def test_a_mask_of_the_last_keys_is_cut_off_and_others_are_dense(monkeypatch: py
     request, _ = run(module, mask=mask)
     assert float(request.visited) < request.total and not said
     mask[:, 5] = False
-    request, states = run(module, mask=mask)
-    assert float(request.visited) == request.total and not states
+    request, masks = run(module, mask=mask)
+    assert float(request.visited) == request.total and not masks
     assert set(said) == {"an attention mask hides other keys than the last ones"}
 
 
@@ -113,7 +116,7 @@ def test_new_embeddings_at_each_step_are_no_branch(monkeypatch: pytest.MonkeyPat
 
     said: list[str] = []
     monkeypatch.setattr(execution, "say_once", lambda reason: said.append(reason) if reason else None)
-    request, states = run(module, steps=12, new_embeddings=True)
-    assert len(states) == execution.MAX_BRANCHES  # one visit each: nothing was skipped with another's state
+    request, masks = run(module, steps=12, new_embeddings=True)
+    assert len(masks) == execution.MAX_BRANCHES  # one visit each: nothing was skipped with another's state
     assert float(request.visited) == request.total
     assert set(said) == {"the guidance branch of a call of the transformer is not known"}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lite_attention.backend.omni.pool import StatePool
 from lite_attention.state import SkipState
 from tests.omni.conftest import Engine, latents
 from tests.omni.tiny import STEPS
@@ -22,9 +23,16 @@ STRONG = {"threshold": -1.0}
 WEAK = {"threshold": -3.0}
 
 
-def states() -> int:
+def pools() -> list[StatePool]:
     gc.collect()
-    return sum(isinstance(thing, SkipState) for thing in gc.get_objects())
+    return [thing for thing in gc.get_objects() if isinstance(thing, StatePool)]
+
+
+def states() -> int:
+    """States that requests hold; there are no others than those of pools."""
+    made = sum(isinstance(thing, SkipState) for thing in gc.get_objects())
+    assert made == sum(len(shelf.states) for pool in pools() for shelf in pool._shelves.values())
+    return sum(pool.in_use for pool in pools())
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one expert", "two experts"])
@@ -141,15 +149,36 @@ def test_nothing_is_left_after_a_request_an_abort_or_a_failure(
     assert torch.equal(latents(*running.run({"lite_attn": STRONG})), want)
 
 
+def test_memory_is_used_again_and_counted(running: Engine, experts: int) -> None:
+    from lite_attention.backend.vllm.plugin import metrics_directory
+    from lite_attention.serving.metrics import read_directory
+
+    (pool,) = pools()
+
+    def memory() -> dict[int, int]:
+        return {state.mask.data_ptr(): state.mask.nbytes for shelf in pool._shelves.values() for state in shelf.states}
+
+    running.run({"lite_attn": STRONG})
+    first = memory()
+    assert len(first) == 2 * 2 * experts  # layers, branches, experts
+    assert sum(first.values()) == pool.memory_bytes == read_directory(metrics_directory()).state_bytes
+    running.run({"lite_attn": WEAK})
+    assert memory() == first
+    running.run({"lite_attn": STRONG, "guidance_scale": 1.0})
+    assert memory().items() < first.items() and len(memory()) == len(first) // 2
+    running.run({"lite_attn": OFF})
+    assert not memory() and read_directory(metrics_directory()).state_bytes == 0
+
+
 def test_experts_and_branches_have_states_of_their_own(running: Engine, experts: int) -> None:
     from lite_attention.backend.omni import execution
 
     made = []
     make = execution.Request.make
 
-    def counted(self: Any) -> Any:
+    def counted(self: Any, pool: StatePool) -> Any:
         made.append(self.request_id)
-        return make(self)
+        return make(self, pool)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(execution.Request, "make", counted)

@@ -1,4 +1,4 @@
-"""vLLM-Omni's server over HTTP: options in a video's request, bad ones, metrics."""
+"""vLLM-Omni's server over HTTP: options in requests of videos, images and chats, bad ones, metrics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,18 @@ class Server:
             form["extra_params"] = json.dumps(options)
         return self.client.post(path, files={name: (None, str(value)) for name, value in form.items()})
 
-    def metric(self, name: str, threshold: int) -> float:
-        found = re.search(rf'^{name}{{threshold="{threshold}"}} (\S+)$', self.client.get("/metrics").text, re.MULTILINE)
+    def image(self, options: dict[str, Any]) -> httpx.Response:
+        body = {"prompt": "a cat", "size": "64x64", "num_inference_steps": STEPS, "guidance_scale": 3.0, "seed": 0}
+        return self.client.post("/v1/images/generations", json=body | {"extra_params": options})
+
+    def chat(self, options: dict[str, Any]) -> httpx.Response:
+        body = {"height": 64, "width": 64, "num_frames": 1, "num_inference_steps": STEPS, "seed": 0}
+        messages = [{"role": "user", "content": "a cat"}]
+        return self.client.post("/v1/chat/completions", json=body | {"messages": messages, "extra_params": options})
+
+    def metric(self, name: str, threshold: int | None = None) -> float:
+        label = "" if threshold is None else f'{{threshold="{threshold}"}}'
+        found = re.search(rf"^{name}{label} (\S+)$", self.client.get("/metrics").text, re.MULTILINE)
         return float(found[1]) if found else 0.0
 
 
@@ -90,6 +100,16 @@ def test_videos_at_two_thresholds_are_made_and_counted(server: Server) -> None:
     }
     assert sparsity[-1] > sparsity[-3] >= 0
     assert server.log.read_text().count("LITE_ATTN acts on 2 attention layers") == 1
+    assert "2 on stock attention (no long self-attention of a transformer that it knows)" in server.log.read_text()
+
+
+def test_memory_of_states_is_in_the_metrics(server: Server) -> None:
+    assert server.video(None).status_code == 200
+    states, heads, tiles, words = 2 * 2, 2, 3, 1  # a state for each layer and branch
+    assert server.metric("lite_attn_state_bytes") == states * heads * tiles * words * 4
+    assert server.metric("lite_attn_active_slots") == 0
+    assert server.video({"lite_attn": {"enable": False}}).status_code == 200
+    assert server.metric("lite_attn_state_bytes") == 0
 
 
 @pytest.mark.parametrize(
@@ -123,3 +143,24 @@ def test_a_queued_video_with_a_bad_option_is_a_failed_job(server: Server) -> Non
         time.sleep(0.2)
     assert "failed" in job.text and "lite_attn.threshold" in job.text
     assert server.video(None).status_code == 200
+
+
+def test_an_image_is_made_with_its_options(server: Server) -> None:
+    before = server.metric("lite_attn_rows_total", -2)
+    answer = server.image({"lite_attn": {"threshold": -2}})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["data"][0]["b64_json"]
+    assert server.metric("lite_attn_rows_total", -2) == before + 1
+
+
+@pytest.mark.parametrize("ask", [Server.image, Server.chat])
+@pytest.mark.parametrize(
+    ("options", "named"), [({"threshold": "hot"}, "lite_attn.threshold"), ({"banana": 1}, "lite_attn.banana")]
+)
+def test_bad_options_of_images_and_chats_are_400(
+    server: Server, ask: Callable[..., httpx.Response], options: dict[str, Any], named: str
+) -> None:
+    refused = ask(server, {"lite_attn": options})
+    assert refused.status_code == 400, refused.text
+    assert named in refused.text
+    assert server.healthy()

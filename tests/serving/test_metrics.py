@@ -31,14 +31,26 @@ def test_what_is_counted_is_read(tmp_path: Path) -> None:
     counters.add_fallback("dtype", 3)
     counters.set_active_slots(4)
     counters.set_active_slots(2)
+    counters.set_state_bytes(700)
+    counters.set_state_bytes(300)
     StepCounters.open(tmp_path / "new" / "worker-0").add_fallback("dtype", 1)
     read = counters.read()
-    assert (read.slots, read.active_slots) == (8, 2)
+    assert (read.slots, read.active_slots, read.state_bytes) == (8, 2, 300)
     bucket = bucket_index(-7)
     assert (read.rows[bucket], read.blocks_visited[bucket], read.blocks_total[bucket]) == (3, 35, 150)
     assert (read.rows.sum(), read.blocks_visited.sum(), read.blocks_total.sum()) == (3, 35, 150)
     assert read.fallback_rows[FALLBACK_REASONS.index("dtype")] == 4
     assert read.fallback_rows.sum() == 4
+
+
+def test_a_worker_that_is_gone_has_no_slots_and_no_memory(tmp_path: Path) -> None:
+    counters = StepCounters.create(tmp_path / "worker-0", slots=8)
+    counters.add_rows(-7.0, 2, 30, 100)
+    counters.set_active_slots(1)
+    counters.set_state_bytes(700)
+    counters.end()
+    read = read_directory(tmp_path)
+    assert (read.slots, read.active_slots, read.state_bytes, read.rows.sum()) == (0, 0, 0, 2)
 
 
 def test_a_reading_does_not_change_later(tmp_path: Path) -> None:
@@ -53,15 +65,17 @@ def test_directory_is_the_sum_and_tolerates_what_is_not_ours(tmp_path: Path) -> 
         counters = StepCounters.create(tmp_path / f"worker-{rank}", slots=4)
         counters.add_rows(-7, 1, 10, 20)
         counters.set_active_slots(1)
+        counters.set_state_bytes(3 << 40)
     whole = (tmp_path / "worker-0").read_bytes()
     (tmp_path / "partial").write_bytes(whole[:100])
     (tmp_path / "unfinished").write_bytes(bytes(len(whole)))
+    (tmp_path / "of another version").write_bytes((0x4C495445_0001).to_bytes(8, "little") + whole[8:])
     (tmp_path / "empty").touch()
     (tmp_path / "folder").mkdir()
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     read = read_directory(tmp_path)
     assert (read.rows.sum(), read.blocks_visited.sum(), read.blocks_total.sum()) == (3, 30, 60)
-    assert (read.slots, read.active_slots) == (12, 3)
+    assert (read.slots, read.active_slots, read.state_bytes) == (12, 3, 9 << 40)
     assert read_directory(tmp_path / "missing").rows.sum() == 0
     with pytest.raises(ValueError, match="counter file"):
         StepCounters.open(tmp_path / "unfinished")
@@ -75,6 +89,7 @@ def test_scrape(tmp_path: Path) -> None:
     counters.add_rows(-7.0, 2, 30, 100)
     counters.add_fallback("bad_options", 1)
     counters.set_active_slots(1)
+    counters.set_state_bytes(4096)
     lines = generate_latest(registry).decode().splitlines()
     samples = [line for line in lines if not line.startswith("#") and not line.endswith(" 0.0")]
     assert samples == [
@@ -84,6 +99,7 @@ def test_scrape(tmp_path: Path) -> None:
         'lite_attn_fallback_rows_total{reason="bad_options"} 1.0',
         "lite_attn_active_slots 1.0",
         "lite_attn_slots 8.0",
+        "lite_attn_state_bytes 4096.0",
     ]
     assert "# TYPE lite_attn_blocks_total counter" in lines
 

@@ -1,0 +1,145 @@
+"""Several stages in a process, which vLLM-Omni runs in turn: fake runners around a transformer of one attention."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lite_attention.serving.metrics import read_directory
+from tests.omni.test_joint import PICTURE, TEXT, transformer
+
+PIXELS = (1, 16, 1, 20, 16)
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of the metrics."""
+    monkeypatch.setenv("LITE_ATTENTION_METRICS_DIR", str(tmp_path))
+    return tmp_path
+
+
+def runner(pipeline: nn.Module, **server: Any) -> Any:
+    config = SimpleNamespace(additional_config={"lite_attn": server}, max_num_seqs=1)
+    return SimpleNamespace(od_config=config, pipeline=pipeline)
+
+
+def execute(of: Any, extra_args: Any = None) -> Any:
+    """The output of a request; `options` in it is what the stage made of `extra_args`."""
+    from lite_attention.backend.omni import execution, hooks
+
+    def original(self: Any, req: Any) -> Any:
+        running = execution.current()
+        options = None if running is None else running.requests[0].options
+        if running is not None:
+            sample, text = torch.randn(PIXELS), torch.randn(1, TEXT, 16)
+            for _ in range(3):
+                self.pipeline["transformer"](sample, encoder_hidden_states=text)
+        return SimpleNamespace(options=options)
+
+    request = SimpleNamespace(
+        request_id="one",
+        sampling_params=SimpleNamespace(extra_args=extra_args, num_outputs_per_prompt=1),
+        is_dummy_run_request_id=lambda name: False,
+    )
+    with torch.no_grad():
+        return hooks._execute_model(original, of, request)
+
+
+def long(name: str = "QwenImageTransformer2DModel") -> nn.Module:
+    return nn.ModuleDict({"transformer": transformer(name, text_first=True)})
+
+
+def test_stages_have_their_own_options_counters_and_memory(directory: Path) -> None:
+    stages = [runner(long(), threshold=-3.0), runner(long(), threshold=-1.0, max_threshold=-1.0)]
+    for _ in range(2):
+        assert [execute(stage).options.threshold for stage in stages] == [-3.0, -1.0]
+    hot = {"lite_attn": {"threshold": -0.5}}
+    assert execute(stages[0], hot).options.threshold == -0.5
+    assert "expected at most -1.0" in str(execute(stages[1], hot).error)
+
+    pools = [stage.lite_attn_stage.pool for stage in stages]
+    read = read_directory(directory)
+    assert read.slots == 2
+    assert read.state_bytes == sum(pool.memory_bytes for pool in pools) == 2 * pools[0].memory_bytes > 0
+    assert read.rows.sum() == 5
+    del stages[0], pools[0]
+    gc.collect()
+    read = read_directory(directory)
+    assert (read.slots, read.state_bytes, read.rows.sum()) == (1, pools[0].memory_bytes, 5)
+
+
+def test_a_stage_without_our_layers_is_left_alone(directory: Path) -> None:
+    stock = runner(nn.ModuleDict({"transformer": nn.Linear(1, 1)}), banana=1)
+    output = execute(stock, {"lite_attn": {"banana": 1}})
+    assert output.options is None
+    assert not hasattr(output, "lite_attn")
+    assert not list(directory.iterdir())
+
+
+def test_start_up_says_which_layers_stay_on_stock_attention_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = long()
+    module = pipeline["transformer"]
+    from vllm_omni.diffusion.attention.layer import Attention
+
+    from lite_attention.backend.omni import execution
+    from lite_attention.backend.omni.attention import LiteAttentionImpl
+
+    def add(name: str, impl: Any, of: type[nn.Module] = nn.Module) -> None:
+        layer = of.__new__(of)
+        nn.Module.__init__(layer)
+        layer.attention = impl
+        module.register_module(name, layer)
+
+    ours = [LiteAttentionImpl(num_heads=1, head_size=16, softmax_scale=1.0) for _ in range(2)]
+    for number, impl in enumerate(ours):
+        add(f"cross{number}", impl)
+    add("stock", object(), Attention)
+    causal = nn.ModuleDict({"attn": nn.ModuleDict({"attn": nn.Module()})})
+    causal["attn"]["attn"].attention = LiteAttentionImpl(1, 16, 1.0, causal=True)
+    module.transformer_blocks.append(causal)
+
+    said: list[str] = []
+    monkeypatch.setattr(execution.logger, "info", lambda message, *args: said.append(message % args))
+    for _ in range(2):
+        execute(runner(pipeline))
+    assert said == [
+        "LITE_ATTN acts on 1 attention layers of ModuleDict; "
+        "2 on stock attention (no long self-attention of a transformer that it knows); "
+        "1 on stock attention (a layer is causal); 1 on stock attention (another backend was asked for)"
+    ]
+
+
+@pytest.mark.parametrize("enable", [True, False])
+@pytest.mark.parametrize(
+    ("mask", "dtype", "reason"),
+    [
+        (torch.arange(PICTURE + TEXT).ne(5)[None], torch.float32, "an attention mask hides other keys than the last"),
+        (None, torch.float64, "query: expected float32, bfloat16 or float16, got torch.float64"),
+    ],
+)
+def test_start_up_says_what_a_mask_or_a_dtype_stops(
+    monkeypatch: pytest.MonkeyPatch, enable: bool, mask: Tensor | None, dtype: torch.dtype, reason: str
+) -> None:
+    from lite_attention.backend.omni import execution
+
+    pipeline = long()
+    impl: Any = pipeline["transformer"].impl
+    inner = impl.forward
+
+    def forward(query: Tensor, key: Tensor, value: Tensor, metadata: Any) -> Tensor:
+        metadata.attn_mask = mask
+        out: Tensor = inner(query.to(dtype), key.to(dtype), value.to(dtype), metadata)
+        return out
+
+    impl.forward = forward
+    said: list[str] = []
+    monkeypatch.setattr(execution.logger, "info", lambda message, *args: said.append(message % args))
+    execute(runner(pipeline, enable=enable))
+    (line,) = said
+    assert line.startswith(f"LITE_ATTN acts on 0 attention layers of ModuleDict; 1 on stock attention ({reason}")
