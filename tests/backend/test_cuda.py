@@ -314,7 +314,8 @@ def test_requests_that_warm_an_engine_up_are_not_followed(monkeypatch: pytest.Mo
         followed.append(True)
         return nullcontext()
 
-    monkeypatch.setattr(hooks, "_tracker_of", lambda runner: SimpleNamespace(step=step))
+    tracker = SimpleNamespace(step=step, count_memory=lambda state_bytes: None)
+    monkeypatch.setattr(hooks, "_tracker_of", lambda runner: tracker)
     runner = SimpleNamespace()
 
     def execute() -> str:
