@@ -125,7 +125,7 @@ class StepCounters:
         self._values[_ACTIVE_SLOTS] = slots
 
     def set_state_bytes(self, state_bytes: int) -> None:
-        """Memory of skip state, in use or kept for the next request."""
+        """Memory of skip state, in use or kept for the next request, and of the summaries of a cache."""
         self._values[_STATE_BYTES] = state_bytes
 
     def end(self) -> None:
@@ -190,7 +190,9 @@ class LiteAttnCollector(Collector):
         yield fallbacks
         yield GaugeMetricFamily("lite_attn_active_slots", "Sequences that hold skip state.", counted.active_slots)
         yield GaugeMetricFamily("lite_attn_slots", "Sequences that can hold skip state.", counted.slots)
-        yield GaugeMetricFamily("lite_attn_state_bytes", "Bytes of skip state, in use or kept.", counted.state_bytes)
+        yield GaugeMetricFamily(
+            "lite_attn_state_bytes", "Bytes of skip state, in use or kept, and of summaries.", counted.state_bytes
+        )
 
 
 _collectors: WeakKeyDictionary[CollectorRegistry, LiteAttnCollector] = WeakKeyDictionary()
