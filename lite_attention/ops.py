@@ -179,10 +179,15 @@ library.impl("forward", _checked(forward_cuda.forward), "CUDA")
 torch.library.register_fake("lite_attention::forward", _checked(_forward_fake), lib=library)
 
 
+def summary_bytes(head_dim: int) -> int:
+    """Bytes of the summary of a block and KV head: see `lite_attention.reference.summarize`."""
+    return 2 * head_dim + 8
+
+
 def summaries_shape(key_cache: Tensor) -> tuple[int, int, int, int]:
     """Shape of the summaries (uint8) of a paged cache (pages, page_size, kv_heads, head_dim)."""
     pages, page_size, kv_heads, head_dim = key_cache.shape
-    return pages, kv_heads, page_size // DECODE_BLOCK, 2 * head_dim + 8
+    return pages, kv_heads, page_size // DECODE_BLOCK, summary_bytes(head_dim)
 
 
 def check_cache(key_cache: Tensor, summaries: Tensor) -> None:

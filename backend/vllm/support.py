@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from lite_attention.backend.vllm.state import skipping_layers
+from lite_attention.ops import summary_bytes
 from lite_attention.tiles import DECODE_BLOCK
 
 logger = init_logger("vllm.lite_attn")
@@ -132,7 +133,7 @@ def summaries_share(vllm_config: Any, specs: dict[str, Any]) -> float:
 
     def share(spec: Any) -> float:
         blocks = spec.num_kv_heads * spec.block_size / DECODE_BLOCK
-        return blocks * (2 * spec.head_size + 8) / spec.page_size_bytes
+        return blocks * summary_bytes(spec.head_size) / spec.page_size_bytes
 
     # Layers that share memory, each with pages of its own, share the summaries: the largest share is that of all.
     return max((share(specs[name]) for name in skipping_layers(vllm_config) if name in specs), default=0.0)
@@ -149,13 +150,13 @@ def report(
         logger.warning_once("LITE_ATTN cannot act on %s: %s. They run stock attention.", layers, why)
         return
     implementation = f"compiled kernels ({detail})" if available else f"the slow reference: kernels {detail}"
-    head_bytes = 2 * vllm_config.model_config.get_head_size()
-    block_bytes = head_bytes * DECODE_BLOCK * vllm_config.model_config.dtype.itemsize
+    head_size = vllm_config.model_config.get_head_size()
+    block_bytes = 2 * head_size * DECODE_BLOCK * vllm_config.model_config.dtype.itemsize
     logger.info_once(
         "LITE_ATTN acts on %s with %s. State: %.1f MiB for %d sequences; summaries add %.1f %% to the KV cache.",
         layers,
         implementation,
         state_bytes / 2**20,
         vllm_config.scheduler_config.max_num_seqs,
-        100 * (head_bytes + 8) / block_bytes,
+        100 * summary_bytes(head_size) / block_bytes,
     )

@@ -156,5 +156,5 @@ def decode(model: Any, prompt_cache: DynamicCache, tokens: Tensor, more: int = 0
 def share_read(model: Any, attention: SkippingDecode) -> float:
     """Share of the KV cache that was read since `restart`: visited blocks and the summaries of all."""
     head_dim = model.config.head_dim
-    summary = (2 * head_dim + 8) / (2 * head_dim * DECODE_BLOCK * CACHE_BYTES)
+    summary = ops.summary_bytes(head_dim) / (2 * head_dim * DECODE_BLOCK * CACHE_BYTES)
     return attention.visited / attention.total + summary
