@@ -113,15 +113,15 @@ class Engine:
 @torch.inference_mode()
 def force(llm: Any, blocks: int, share: float) -> None:
     """Let every sequence read a random share of its blocks, the same ones in each layer, from now on."""
-    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
-    states = [layer.impl.state for layer in layers if getattr(layer.impl, "state", None) is not None]
+    from lite_attention.backend.vllm.state import skipping_layers
+
+    states = [layer.impl.state for layer in skipping_layers(llm.llm_engine.vllm_config).values()]
     slots, kv_heads, _words = states[0].mask.shape
     bits = torch.stack([forced_bits(blocks, share) for _ in range(slots * kv_heads)])
     mask = pack_bits(bits).view(slots, kv_heads, -1)
     for state in states:
         state.mask.zero_()[..., : mask.shape[2]] = mask
-        head_dim = (state.summaries.shape[-1] - 8) // 2
-        state.summaries[..., 2 * head_dim :] = 255  # scales that are no numbers: no estimate passes
+        state.summaries[..., -8:] = 255  # scales that are no numbers: no estimate passes
 
 
 def measure(

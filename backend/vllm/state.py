@@ -55,8 +55,12 @@ class LayerState:
 
 def memory_bytes(states: Sequence[LayerState]) -> int:
     """Bytes of the states of layers, and of the summaries, which some may share."""
-    summaries = {id(state.summaries): state.summaries.nbytes for state in states if state.summaries is not None}
-    return sum(state.memory_bytes() for state in states) + sum(summaries.values())
+    return sum(state.memory_bytes() for state in states) + sum(summaries.nbytes for summaries in _distinct(states))
+
+
+def _distinct(states: Iterable[LayerState]) -> Iterable[Tensor]:
+    """The summaries of layers, those that several share once."""
+    return {id(state.summaries): state.summaries for state in states if state.summaries is not None}.values()
 
 
 def skipping_layers(vllm_config: Any) -> dict[str, Any]:
@@ -73,8 +77,7 @@ def _state_of(layer: Any) -> Any:
 def copy_blocks(states: Iterable[LayerState], copies: Sequence[tuple[int, int]], blocks: int) -> None:
     """The engine copied blocks (source, destination) of its cache of so many: their summaries go along."""
     pairs = torch.tensor(copies)
-    for summaries in {id(state.summaries): state.summaries for state in states}.values():
-        if summaries is not None:
-            source, destination = upload(pairs, summaries.device).unbind(1)
-            by_block = summaries.view(blocks, -1)
-            by_block[destination] = by_block[source]
+    for summaries in _distinct(states):
+        source, destination = upload(pairs, summaries.device).unbind(1)
+        by_block = summaries.view(blocks, -1)
+        by_block[destination] = by_block[source]
