@@ -280,9 +280,15 @@ _ATTACHED = "_lite_attn_attached"
 
 def uses_lite_attention(pipeline: Any) -> bool:
     """Whether a pipeline has an attention layer that is ours."""
+    return any(_implementation(module) is not None for module in pipeline.modules())
+
+
+def _implementation(module: nn.Module) -> LiteAttentionImpl | None:
+    """Our implementation of an attention layer of vLLM-Omni; None for other modules."""
     from lite_attention.backend.omni.attention import LiteAttentionImpl
 
-    return any(isinstance(getattr(module, "attention", None), LiteAttentionImpl) for module in pipeline.modules())
+    found = getattr(module, "attention", None)
+    return found if isinstance(found, LiteAttentionImpl) else None
 
 
 def _attach(pipeline: Any) -> Census | None:
@@ -293,8 +299,6 @@ def _attach(pipeline: Any) -> Census | None:
     """
     from vllm_omni.diffusion.attention.layer import Attention
 
-    from lite_attention.backend.omni.attention import LiteAttentionImpl
-
     if getattr(pipeline, _ATTACHED, False):
         return None
     for module in pipeline.modules():
@@ -303,17 +307,17 @@ def _attach(pipeline: Any) -> Census | None:
             continue
         _hook(module, family)
         for name, attention in module.named_modules():
-            layer = getattr(attention, "attention", None)
-            if isinstance(layer, LiteAttentionImpl) and family.layers.fullmatch(name):
+            layer = _implementation(attention)
+            if layer is not None and family.layers.fullmatch(name):
                 layer.is_long = True
     census: Census = {}
-    for attention in pipeline.modules():
-        layer = getattr(attention, "attention", None)
-        if isinstance(layer, LiteAttentionImpl):
+    for module in pipeline.modules():
+        layer = _implementation(module)
+        if layer is not None:
             census[layer] = layer.reason if layer.is_long else "no long self-attention of a transformer that it knows"
-        elif isinstance(attention, Attention):
-            census[layer] = "another backend was asked for"
-    if not any(isinstance(layer, LiteAttentionImpl) and layer.is_long for layer in census):
+        elif isinstance(module, Attention):
+            census[module] = "another backend was asked for"
+    if not any(layer.is_long for layer in map(_implementation, pipeline.modules()) if layer is not None):
         say_once(f"{type(pipeline).__name__} has no transformer that it knows")
     setattr(pipeline, _ATTACHED, True)
     return census
