@@ -62,19 +62,16 @@ struct LogSum {
     float largest = -1e30f;
     float sum = 0.0f;  // in units of 2^largest
 
-    CUTLASS_DEVICE void add(float log2_of_addend) {
-        float const now = fmaxf(largest, log2_of_addend);
-        sum = sum * exp2f(largest - now) + exp2f(log2_of_addend - now);
+    CUTLASS_DEVICE void add(float log2_of_addend) { join(log2_of_addend, 1.0f); }
+    CUTLASS_DEVICE void join(float of_other, float sum_of_other) {
+        float const now = fmaxf(largest, of_other);
+        sum = sum * exp2f(largest - now) + sum_of_other * exp2f(of_other - now);
         largest = now;
     }
     // Over lanes whose numbers differ in the bits from `distance` up to `end`.
     CUTLASS_DEVICE void join_lanes(int distance, int end) {
         for (; distance < end; distance *= 2) {
-            float const of_other = __shfl_xor_sync(~0u, largest, distance);
-            float const sum_of_other = __shfl_xor_sync(~0u, sum, distance);
-            float const now = fmaxf(largest, of_other);
-            sum = sum * exp2f(largest - now) + sum_of_other * exp2f(of_other - now);
-            largest = now;
+            join(__shfl_xor_sync(~0u, largest, distance), __shfl_xor_sync(~0u, sum, distance));
         }
     }
     CUTLASS_DEVICE float log2() const { return largest + log2f(sum); }
