@@ -6,7 +6,6 @@ its own. Best run side by side: `python -m pytest tests/engine/test_gpu.py -n 6`
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -20,7 +19,7 @@ import pytest
 import torch
 
 from tests.engine.conftest import Engine, Job
-from tests.engine.test_offline import DENSE, skipping
+from tests.engine.test_offline import DENSE, mixed_jobs, skipping
 
 pytestmark = pytest.mark.gpu
 
@@ -153,20 +152,6 @@ def test_requests_that_do_not_skip_get_the_tokens_of_stock_attention(random_mode
         assert_same(got, want, NEAR[dtype], f"{length} tokens")
 
 
-def mixed_jobs() -> list[Job]:
-    """Sixteen requests, from dense to reckless."""
-    thresholds = itertools.cycle([-2, -3, -4, -6, None])
-    return [
-        Job(
-            prompt_tokens=60 + 37 * place,
-            options=DENSE if threshold is None else skipping(threshold, refresh_interval=place % 3 * 5),
-            max_tokens=40,
-            start=150 * place,
-        )
-        for place, threshold in zip(range(16), thresholds, strict=False)
-    ]
-
-
 def crowd(engine: Engine, jobs: list[Job], aborted: dict[int, int]) -> dict[str, Any]:
     """What the jobs get together, after they were served one by one, and all that was counted meanwhile."""
     alone = [engine.tokens([job])[0] for job in jobs]
@@ -207,7 +192,7 @@ def blocks_read(engine: Engine) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("v2", [False, True])
 def test_no_request_changes_the_tokens_of_another_and_graphs_change_nothing(random_model: str, v2: bool) -> None:
-    jobs, aborted = mixed_jobs(), {3: 30, 10: 60}
+    jobs, aborted = mixed_jobs(-2, -3, -4, -6, None), {3: 30, 10: 60}
     got = in_engine(crowd, random_model, "LITE_ATTN", v2, jobs, aborted, **CROWDED)
     assert got["preempted"]
     for place, (alone, together) in enumerate(zip(got["alone"], got["together"], strict=True)):

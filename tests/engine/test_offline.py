@@ -47,18 +47,22 @@ def test_outputs_say_their_sparsity_and_lower_thresholds_skip_less(engine: Calla
         assert 0 < refreshed.lite_attn["sparsity"] < sparsity[0]
 
 
-def test_no_request_changes_the_tokens_of_another(engine: Callable[..., Any]) -> None:
-    """Sixteen requests, from dense to reckless, in a cache too small for them, two of them aborted."""
-    thresholds = itertools.cycle([-2, -4, -6, -8, None])
-    jobs = [
+def mixed_jobs(*thresholds: float | None) -> list[Job]:
+    """Sixteen requests with these thresholds in turn, None for a dense one."""
+    return [
         Job(
             prompt_tokens=60 + 37 * place,
             options=DENSE if threshold is None else skipping(threshold, refresh_interval=place % 3 * 5),
             max_tokens=40,
             start=150 * place,
         )
-        for place, threshold in zip(range(16), thresholds, strict=False)
+        for place, threshold in zip(range(16), itertools.cycle(thresholds), strict=False)
     ]
+
+
+def test_no_request_changes_the_tokens_of_another(engine: Callable[..., Any]) -> None:
+    """Sixteen requests, from dense to reckless, in a cache too small for them, two of them aborted."""
+    jobs = mixed_jobs(-2, -4, -6, -8, None)
     settings = {"dtype": "float32", "block_size": 32, "max_num_batched_tokens": 256, "num_gpu_blocks_override": 90}
     with engine("LITE_ATTN", **settings) as lite:
         alone = [lite.tokens([job])[0] for job in jobs]
