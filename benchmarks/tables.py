@@ -96,11 +96,10 @@ def decode_time_cuda(result: dict[str, Any]) -> str:
 
 def engine_time(result: dict[str, Any]) -> str:
     machine, setup = result["machine"], result["setup"]
-    note = f"; {setup['note']}" if "note" in setup else ""
     lines = [
         f"A decode step of vLLM {result['versions']['vllm']} on one {machine['processor']}, default settings, "
         f"{setup['model']} with random weights, {setup['layers']} layers, against {setup['stock']} (FlashAttention 3); "
-        f"which blocks are read is forced (`benchmarks/engine_time.py`{note}):",
+        f"which blocks are read is forced (`benchmarks/engine_time.py`):",
         "",
         f"| sequences × context | blocks read | ms a step | against {setup['stock']} |",
         "|---|---|---|---|",
