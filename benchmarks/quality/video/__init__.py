@@ -1,13 +1,15 @@
 """A small video diffusion transformer of our own, trained on scenes that are drawn, and what skipping costs in it.
 
-    python -m benchmarks.quality.video.train       # 8 minutes on an H100: the checkpoint, and a picture of samples
     python -m benchmarks.quality.video.evaluate    # every method at several thresholds, against dense
     python -m benchmarks.quality.video.plot        # the pictures in docs/
+    python -m benchmarks.quality.video.train       # 8 minutes on an H100: a checkpoint, and a picture of samples
 
-All three take `--help`. `train --tiny` makes a checkpoint in minutes on a CPU, for trying out the commands.
+All three take `--help`. The checkpoint in this folder is that of `train --minutes 7` on one H200: 4,794 steps, loss
+0.0184, sha256 857c251a; docs/video_samples.png shows what it draws. `train --tiny` makes one in minutes on a CPU.
 """
 
 from pathlib import Path
 
+CHECKPOINT = Path(__file__).parent / "model.safetensors"
 FOLDER = Path("benchmarks/out/video")
-"""Where checkpoint and stills are kept, not part of the repository."""
+"""Where another training's checkpoint, and stills, are kept, not part of the repository."""

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from benchmarks.quality.methods import METHODS, Attention, DenseAttention, Method, choose_methods
 from benchmarks.quality.metrics import Fidelity, compare
-from benchmarks.quality.video import FOLDER, scenes
+from benchmarks.quality.video import CHECKPOINT, FOLDER, scenes
 from benchmarks.quality.video.model import HEAD_DIM, PATCH, VideoTransformer, load
 from benchmarks.quality.video.sample import BRANCHES, Site, noise, sample
 from benchmarks.results import DIRECTORY, write_result
@@ -200,7 +200,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=FOLDER / "model.safetensors", help="of the command train")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="of the command train")
     parser.add_argument("--methods", nargs="+", default=["*"], metavar="NAME[:THRESHOLDS]",
                         help=f"names or patterns, thresholds with commas; names are {', '.join(METHODS)}")  # fmt: skip
     parser.add_argument("--videos", type=int, default=3, help="at most so many")
