@@ -27,9 +27,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.engine)
-            needed = "cuda" if item.get_closest_marker("gpu") else "cpu"
-            if platform != needed:
-                item.add_marker(pytest.mark.skip(reason=f"needs vLLM on {needed}: {reason}"))
+            needed = ("cuda",) if item.get_closest_marker("gpu") else ("cpu",)
+            if item.get_closest_marker("any_platform"):
+                needed = ("cpu", "cuda")
+            if platform not in needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs vLLM on {' or '.join(needed)}: {reason}"))
 
 
 def _platform() -> tuple[str, str]:

@@ -1,4 +1,7 @@
-"""A real server over HTTP: options of each request, metrics, and requests that nobody should send."""
+"""A real server over HTTP: options of each request, metrics, and requests that nobody should send.
+
+On a GPU the model runner is the one that VLLM_USE_V2_MODEL_RUNNER names.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,12 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from lite_attention.backend.vllm.plugin import METRICS_DIRECTORY_VARIABLE
 from tests.engine.conftest import SOURCE
+
+pytestmark = pytest.mark.any_platform
 
 START_TIMEOUT_S = 300
 MALFORMED_REQUESTS = 1000
@@ -35,7 +41,8 @@ class Server:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [str(Path(sys.executable).with_name("vllm")), "serve", model, "--attention-backend", "LITE_ATTN"]
-        command += ["--served-model-name", "smollm2", "--port", str(port), "--enforce-eager"]
+        command += ["--served-model-name", "smollm2", "--port", str(port)]
+        command += [] if torch.cuda.is_available() else ["--enforce-eager"]  # vLLM miscompiles the model on CPUs
         command += ["--max-model-len", "2048", "--max-num-seqs", "8"]
         command += ["--additional-config", json.dumps({"lite_attn": {"threshold": -6}})]
         environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
