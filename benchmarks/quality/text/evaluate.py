@@ -13,12 +13,23 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.quality.text.model import DEFAULT_MODEL, NAME, PROSE, decode, load, prefill, read_text, share_read
-from benchmarks.results import write_result
+from benchmarks.quality.text.model import (
+    CACHE_DTYPES,
+    DEFAULT_MODEL,
+    NAME,
+    PROSE,
+    decode,
+    load,
+    prefill,
+    read_text,
+    share_read,
+)
+from benchmarks.results import DIRECTORY, write_result
 
 TEXTS = ("argparse", "typing", "inspect", PROSE)
 
@@ -32,6 +43,8 @@ def main() -> None:
     parser.add_argument(
         "--texts", nargs="+", default=list(TEXTS), help=f"modules of the standard library, or {PROSE}: Python's manual"
     )
+    parser.add_argument("--name", default="text_quality", help="of the result (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=DIRECTORY, help="folder of NAME.json (default: %(default)s)")
     args = parser.parse_args()
 
     model, tokenizer, attention = load(args.model, max(args.contexts) + args.steps)
@@ -70,7 +83,9 @@ def main() -> None:
             f"| {row['context']} | {row['threshold']:g} | {row['read']:.3f} | {row['kl']:.4f} "
             f"| {row['top1']:.3f} | {row['perplexity']:.3f} ({row['dense_perplexity']:.3f}) |"
         )
-    write_result("text_quality", {"model": NAME, "steps": args.steps, "texts": args.texts}, rows)
+    cache = str(CACHE_DTYPES[model.device.type]).removeprefix("torch.")
+    setup = {"model": NAME, "cache": cache, "steps": args.steps, "texts": args.texts}
+    write_result(args.name, setup, rows, args.out)
 
 
 if __name__ == "__main__":

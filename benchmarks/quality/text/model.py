@@ -1,4 +1,7 @@
-"""SmolLM2 decoding through `lite_attention::decode`: dense over the prompt, skipping behind it."""
+"""SmolLM2 decoding through `lite_attention::decode`: dense over the prompt, skipping behind it.
+
+The model computes in float32; its cache is in float32 on a CPU, and on a GPU in bfloat16, which the kernels there take.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from lite_attention.tiles import DECODE_BLOCK, ceil_div, mask_words
 
 NAME = "SmolLM2-135M-Instruct"
 CACHE_BYTES = 2  # of a number in the cache that the share read is reckoned for
+CACHE_DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 PAGE = 128
 DEFAULT_MODEL = str(
     Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lite-attention/smollm2-135m-instruct"
@@ -35,17 +39,20 @@ class PagedLayer:
     def __init__(self, key: Tensor, value: Tensor, capacity: int) -> None:
         _, kv_heads, _tokens, head_dim = key.shape
         pages = ceil_div(capacity, PAGE)
-        self.key, self.value = torch.zeros(2, pages, PAGE, kv_heads, head_dim, dtype=key.dtype).unbind(0)
-        self.summaries = torch.zeros(ops.summaries_shape(self.key), dtype=torch.uint8)
-        self.mask = torch.zeros(1, kv_heads, mask_words(pages * PAGE // DECODE_BLOCK), dtype=torch.int32)
-        self.table = torch.arange(pages, dtype=torch.int32)[None]
+        dtype, device = CACHE_DTYPES[key.device.type], key.device
+        self.key, self.value = torch.zeros(2, pages, PAGE, kv_heads, head_dim, dtype=dtype, device=device).unbind(0)
+        self.summaries = torch.zeros(ops.summaries_shape(self.key), dtype=torch.uint8, device=device)
+        words = mask_words(pages * PAGE // DECODE_BLOCK)
+        self.mask = torch.zeros(1, kv_heads, words, dtype=torch.int32, device=device)
+        self.table = torch.arange(pages, dtype=torch.int32, device=device)[None]
         self.write(key[0], value[0], 0)
 
     def write(self, key: Tensor, value: Tensor, start: int) -> None:
         end = start + key.shape[1]
         self.key.flatten(0, 1)[start:end] = key.transpose(0, 1)
         self.value.flatten(0, 1)[start:end] = value.transpose(0, 1)
-        torch.ops.lite_attention.summarize(self.key, torch.arange(start, end), self.summaries)
+        slots = torch.arange(start, end, device=self.key.device)
+        torch.ops.lite_attention.summarize(self.key, slots, self.summaries)
 
 
 class SkippingDecode:
@@ -60,7 +67,8 @@ class SkippingDecode:
         self.threshold, self.refresh_interval = float(threshold), refresh_interval
         self.layers: dict[int, PagedLayer] = {}
         self.steps: dict[int, int] = {}
-        self.visited = self.total = 0
+        self.visited: Tensor | int = 0
+        self.total = 0
 
     def before_step(self, layer_number: int, query: Tensor, tokens: int, scale: float, visit_all: bool) -> None:
         """Called before each step of a layer, with the query (1, heads, head_dim)."""
@@ -80,34 +88,36 @@ class SkippingDecode:
         self.steps[module.layer_idx] = step + 1
         visit_all = step == 0 or (self.refresh_interval > 0 and step % self.refresh_interval == 0)
         self.before_step(module.layer_idx, query[:, :, 0], tokens, module.scaling, visit_all)
+        device = query.device
         out, _, visited = torch.ops.lite_attention.decode(
-            query[:, :, 0],
+            query[:, :, 0].to(layer.key.dtype),
             layer.key,
             layer.value,
             layer.summaries,
             layer.table,
-            torch.tensor([tokens], dtype=torch.int32),
-            torch.zeros(1, dtype=torch.int32),
-            torch.tensor([self.threshold]),
-            torch.tensor([visit_all]),
+            torch.tensor([tokens], dtype=torch.int32, device=device),
+            torch.zeros(1, dtype=torch.int32, device=device),
+            torch.tensor([self.threshold], device=device),
+            torch.tensor([visit_all], device=device),
             layer.mask,
             module.scaling,
         )
-        self.visited += int(visited)
+        self.visited += visited.sum()
         self.total += key.shape[1] * ceil_div(tokens, DECODE_BLOCK)
-        return out[:, None], None
+        return out[:, None].to(query.dtype), None
 
 
 def load(
     folder: str, capacity: int, make: Callable[[Callable[..., Any], int], SkippingDecode] = SkippingDecode
 ) -> tuple[Any, Any, SkippingDecode]:
-    """Model in float32, tokenizer, and the attention put into the model.
+    """Model in float32, on the GPU if there is one, tokenizer, and the attention put into the model.
 
     Args:
         capacity: tokens of a sequence at most.
     """
     torch.set_grad_enabled(False)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
     attention = make(ALL_ATTENTION_FUNCTIONS["sdpa"], capacity)
     ALL_ATTENTION_FUNCTIONS.register("lite_attention", attention)
     model.config._attn_implementation = "lite_attention"
@@ -130,7 +140,7 @@ def read_text(tokenizer: Any, name: str, tokens: int) -> Tensor:
 def prefill(model: Any, tokens: Tensor) -> DynamicCache:
     """The cache of a prompt (tokens,)."""
     cache = DynamicCache()
-    model(tokens[None], past_key_values=cache, logits_to_keep=1)
+    model(tokens[None].to(model.device), past_key_values=cache, logits_to_keep=1)
     return cache
 
 
@@ -146,9 +156,10 @@ def decode(model: Any, prompt_cache: DynamicCache, tokens: Tensor, more: int = 0
     given = tokens.tolist()
     for i in range(len(tokens) + more):
         token = given[i] if i < len(given) else int(rows[-1].argmax())
-        position = torch.tensor([start + i])
-        logits = model(torch.tensor([[token]]), past_key_values=cache, cache_position=position).logits[0, -1]
-        rows.append(logits.log_softmax(-1))
+        position = torch.tensor([start + i], device=model.device)
+        step = torch.tensor([[token]], device=model.device)
+        logits = model(step, past_key_values=cache, cache_position=position).logits[0, -1]
+        rows.append(logits.log_softmax(-1).cpu())
     greedy = [int(row.argmax()) for row in rows[len(given) - 1 :]]
     return torch.stack(rows[: len(given)]), greedy
 
@@ -157,4 +168,4 @@ def share_read(model: Any, attention: SkippingDecode) -> float:
     """Share of the KV cache that was read since `restart`: visited blocks and the summaries of all."""
     head_dim = model.config.head_dim
     summary = ops.summary_bytes(head_dim) / (2 * head_dim * DECODE_BLOCK * CACHE_BYTES)
-    return attention.visited / attention.total + summary
+    return int(attention.visited) / attention.total + summary
