@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, cast
 
@@ -16,7 +16,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lite_attention import ops
 from lite_attention.costs import Meter, Shape
-from lite_attention.options import Rule, check_refresh_interval, check_rule, normalize_threshold
+from lite_attention.options import (
+    Rule,
+    check_heads,
+    check_refresh_interval,
+    check_rule,
+    check_schedule,
+    normalize_threshold,
+)
 from lite_attention.ranges import Range, check_ranges, forced_words, from_flat_list
 from lite_attention.state import SkipState
 from lite_attention.tiles import TILE_Q
@@ -26,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Threshold = float | Tensor | Sequence[float]
+Threshold = float | Tensor | Sequence[float] | Mapping[int, float]
 Ranges = Iterable[Range] | None
 
 
@@ -42,7 +49,9 @@ class LiteAttention(nn.Module):
 
     Attributes:
         threshold: log2 of a weight, at most 0 (see `lite_attention.reference.forward`), -inf for no skipping;
-            or float32 (batch,); None until set.
+            or float32 (batch,); or by step, see `set_threshold`; None until set.
+        step: of the next call, counted from the last reset. Set it where a model leaves calls out.
+        dense_heads: query heads that visit everything.
         enable_skipping: whether calls skip; where not, attention is dense and the state stays as it is.
         meter: measures what skipping costs, computing each call a second time, dense; None for not.
     """
@@ -53,6 +62,7 @@ class LiteAttention(nn.Module):
         *,
         rule: Rule = "running_max",
         refresh_interval: int = 0,
+        dense_heads: Iterable[int] = (),
         enable_skipping: bool = True,
         max_batch_size: int | None = None,
         reverse_skip_list: bool = True,
@@ -65,6 +75,7 @@ class LiteAttention(nn.Module):
             rule: when a block is cleared, ``running_max`` or ``mass``; see
                 `lite_attention.reference.forward`.
             refresh_interval: every so many steps all blocks are visited; 0 for never.
+            dense_heads: query heads that are to visit everything.
             enable_skipping: as in `enable_skip_optimization`.
             max_batch_size: accepted for published code; there is no limit.
             reverse_skip_list: accepted for published code; forced lists are understood in both orders.
@@ -76,11 +87,13 @@ class LiteAttention(nn.Module):
         super().__init__()
         if use_int8:
             raise ValueError("use_int8: expected False (int8 is not supported), got True")
-        self.threshold: float | Tensor | None = None
+        self.threshold: float | Tensor | dict[int, float] | None = None
         if threshold is not None:
             self.set_threshold(threshold)
         self.rule = check_rule(rule)
         self.refresh_interval = check_refresh_interval(refresh_interval)
+        self.dense_heads = check_heads(dense_heads)
+        self.step = 0
         self.enable_skipping = bool(enable_skipping)
         self._state: SkipState | None = None
         self._state_key: tuple[object, ...] = ()
@@ -177,7 +190,9 @@ class LiteAttention(nn.Module):
         """Set the threshold: log2 of a weight; 10 means -10, and -inf never skips.
 
         Args:
-            threshold: a number, or a tensor (batch,), list or tuple with one for each sequence of the batch.
+            threshold: a number; or a tensor (batch,), list or tuple with one for each sequence of the batch; or, by
+                the step from which on it holds, a number each: ``{0: -12, 10: -8}``. Steps before the first of these
+                are dense.
 
         Raises:
             TypeError, ValueError: it is something else, NaN or +inf.
@@ -188,6 +203,8 @@ class LiteAttention(nn.Module):
                 raise ValueError(f"threshold: expected a number or shape (batch,), got shape {shape}")
             numbers = [normalize_threshold(number) for number in threshold.tolist()]
             self.threshold = torch.tensor(numbers, dtype=torch.float32, device=threshold.device)
+        elif isinstance(threshold, Mapping):
+            self.threshold = check_schedule(threshold)
         elif isinstance(threshold, list | tuple):
             numbers = [normalize_threshold(number) for number in threshold]
             self.threshold = torch.tensor(numbers, dtype=torch.float32, device="cpu")
@@ -200,7 +217,7 @@ class LiteAttention(nn.Module):
 
     def reset_skip_state(self) -> None:
         """Forget the skip state, as between two videos: the next step visits every block."""
-        self._steps = 0
+        self._steps = self.step = 0
         self._sparsity = None
         if self._state is not None:
             self._state.reset()
@@ -235,7 +252,9 @@ class LiteAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         if self.enable_skipping and self.threshold is None:
             raise RuntimeError("LiteAttention has no threshold: expected set_threshold(...) before the first call")
-        if not self.enable_skipping or (isinstance(self.threshold, float) and self.threshold == -math.inf):
+        threshold = self._threshold_now(query, key)
+        self.step += 1
+        if not self.enable_skipping or (isinstance(threshold, float) and threshold == -math.inf):
             self._sparsity = 0.0
             return ops.forward(query, key, value, None, None, None, None, None, scale, False, self.rule)
         shape = Shape(tokens=key.shape[1], heads=query.shape[2], head_dim=query.shape[3])
@@ -243,10 +262,12 @@ class LiteAttention(nn.Module):
             raise ValueError(
                 f"query, key: expected {self._calibration.shape}, as the calibration was made for, got {shape}"
             )
-        thresholds = self._thresholds(query)
+        thresholds = self._thresholds(threshold, query)
         state = self._state_for(query, key)
         if self.refresh_interval and self._steps % self.refresh_interval == 0:
             state.refresh()
+        elif self.dense_heads:
+            state.refresh(self._checked_heads(query.shape[2]))
         self._steps += 1
         pairs = state.mask.shape[1] * state.mask.shape[2] * state.blocks
         visited = state.pairs_to_visit(must_visit, must_skip).masked_fill(thresholds == -math.inf, pairs)
@@ -269,18 +290,33 @@ class LiteAttention(nn.Module):
             self.meter.add(out, lse, *dense, self._sparsity, shape)
         return out, lse
 
-    def _thresholds(self, query: Tensor) -> Tensor:
+    def _threshold_now(self, query: Tensor, key: Tensor) -> float | Tensor | None:
+        """The threshold of this step."""
+        if not isinstance(self.threshold, dict):
+            return self.threshold
+        if self.enable_skipping and self._state is not None and self._state_key != _state_key(query, key):
+            self._state, self.step = None, 0  # another video
+        begun = [threshold for step, threshold in self.threshold.items() if step <= self.step]
+        return begun[-1] if begun else -math.inf
+
+    def _thresholds(self, threshold: float | Tensor | None, query: Tensor) -> Tensor:
+        """One for each sequence of the batch."""
         batch = query.shape[0]
-        if not isinstance(self.threshold, Tensor):
-            return torch.full((batch,), self.threshold or 0.0, dtype=torch.float32, device=query.device)
-        if len(self.threshold) != batch:
-            raise ValueError(f"threshold: expected one for each of {batch} sequences, got {len(self.threshold)}")
-        self.threshold = self.threshold.to(query.device)
+        if not isinstance(threshold, Tensor):
+            return torch.full((batch,), threshold or 0.0, dtype=torch.float32, device=query.device)
+        if len(threshold) != batch:
+            raise ValueError(f"threshold: expected one for each of {batch} sequences, got {len(threshold)}")
+        self.threshold = threshold.to(query.device)
         return self.threshold
+
+    def _checked_heads(self, heads: int) -> list[int]:
+        if self.dense_heads[-1] >= heads:
+            raise ValueError(f"dense_heads: expected heads below {heads}, as the query has, got {self.dense_heads[-1]}")
+        return list(self.dense_heads)
 
     def _state_for(self, query: Tensor, key: Tensor) -> SkipState:
         batch, tokens_q, heads, _ = query.shape
-        state_key = (batch, heads, tokens_q, key.shape[1], query.dtype, query.device)
+        state_key = _state_key(query, key)
         if self._state is None or state_key != self._state_key:
             logger.debug(
                 "new skip state: batch %d, heads %d, queries %d, keys %d, %s on %s (before: %s)",
@@ -324,6 +360,7 @@ class SeqParallelLiteAttention(nn.Module):
         *,
         rule: Rule = "running_max",
         refresh_interval: int = 0,
+        dense_heads: Iterable[int] = (),
         enable_skipping: bool = True,
         max_batch_size: int | None = None,
         reverse_skip_list: bool = True,
@@ -334,11 +371,13 @@ class SeqParallelLiteAttention(nn.Module):
         if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1:
             raise ValueError(f"num_nodes: expected an int of 1 or more, got {num_nodes!r}")
         self.num_nodes = num_nodes
+        heads = check_heads(dense_heads)
         self.splits = nn.ModuleList(
             LiteAttention(
                 threshold,
                 rule=rule,
                 refresh_interval=refresh_interval,
+                dense_heads=heads,
                 enable_skipping=enable_skipping,
                 max_batch_size=max_batch_size,
                 reverse_skip_list=reverse_skip_list,
@@ -451,6 +490,12 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     for out, weight in zip(outs, weights, strict=True):
         merged += torch.where(weight == 0, 0.0, weight * out.to(dtype))
     return merged.to(outs[0].dtype), total
+
+
+def _state_key(query: Tensor, key: Tensor) -> tuple[object, ...]:
+    """What a state is made for."""
+    batch, tokens_q, heads, _ = query.shape
+    return batch, heads, tokens_q, key.shape[1], query.dtype, query.device
 
 
 def _ranges(ranges: Ranges, flat: Sequence[int] | None, tokens: int, name: str, flat_name: str) -> list[Range]:

@@ -1,6 +1,7 @@
 """Options of the skip rule: what a caller may give, checked and normalized in one place."""
 
 import math
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Literal, cast, get_args
 
@@ -26,6 +27,39 @@ def normalize_threshold(value: object, name: str = "threshold") -> float:
     if math.isnan(threshold) or threshold == math.inf:
         raise ValueError(f"{name}: expected a finite number or -inf, got {threshold}")
     return -abs(threshold)
+
+
+def check_schedule(value: Mapping[int, float], name: str = "threshold") -> dict[int, float]:
+    """Return thresholds by the step from which on each holds, as `normalize_threshold` gives them, in order of steps.
+
+    Raises:
+        TypeError: a step is not an int, a threshold not a number.
+        ValueError: there is none, a step is negative, or a threshold is NaN or +inf.
+    """
+    if not value:
+        raise ValueError(f"{name}: expected a threshold for at least one step, got none")
+    for step in value:
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise TypeError(f"{name}: expected ints as steps, got {type(step).__name__} {step!r}")
+        if step < 0:
+            raise ValueError(f"{name}: expected steps from 0 on, got {step}")
+    return {step: normalize_threshold(value[step], f"{name}[{step}]") for step in sorted(value)}
+
+
+def check_heads(value: Iterable[int], name: str = "dense_heads") -> tuple[int, ...]:
+    """Return numbers of heads in order, each once.
+
+    Raises:
+        TypeError: one is not an int.
+        ValueError: one is negative.
+    """
+    heads = tuple(value)
+    for head in heads:
+        if isinstance(head, bool) or not isinstance(head, int):
+            raise TypeError(f"{name}: expected ints, got {type(head).__name__} {head!r}")
+        if head < 0:
+            raise ValueError(f"{name}: expected heads from 0 on, got {head}")
+    return tuple(sorted(set(heads)))
 
 
 def check_rule(value: object, name: str = "rule") -> Rule:

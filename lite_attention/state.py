@@ -107,9 +107,9 @@ class SkipState:
         if self.lse is not None:
             self.lse[rows] = torch.inf
 
-    def refresh(self) -> None:
-        """Let the next pass visit every block, and keep the log-sum-exp."""
-        self.mask.copy_(self._fresh_words.expand_as(self.mask))
+    def refresh(self, heads: Sequence[int] | None = None) -> None:
+        """Let the next pass visit every block, of some heads or of all, and keep the log-sum-exp."""
+        self.mask[:, slice(None) if heads is None else heads] = self._fresh_words
 
     def pairs_to_visit(self, must_visit: Tensor | None = None, must_skip: Tensor | None = None) -> Tensor:
         """Number of (tile, block) pairs that the next pass visits, int64 (slots,), on the state's device.

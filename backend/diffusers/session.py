@@ -7,11 +7,12 @@ whose timesteps a pipeline sets when it begins. A generation that was broken off
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import inspect
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from lite_attention.backend.diffusers.models import FAMILIES, Family, attentions
 from lite_attention.backend.diffusers.report import Report
 from lite_attention.calibration import Calibration, Target, find
 from lite_attention.costs import Cost, Meter
-from lite_attention.options import Rule
+from lite_attention.options import Rule, check_heads
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def enable(
     refresh_interval: int | None = None,
     warmup_steps: int = 0,
     cooldown_steps: int = 0,
+    dense_layers: Iterable[str] = (),
 ) -> Report:
     """Skip in the long self-attentions of a pipeline from its next generation on.
 
@@ -57,13 +59,16 @@ def enable(
 
     Args:
         pipeline: with a transformer of `lite_attention.backend.diffusers.models.FAMILIES`, or two of them.
-        threshold: log2 of a weight, or one for each row of a batch; see `LiteAttention.set_threshold`. None for -8.
+        threshold: log2 of a weight, or one for each row of a batch, or by the denoising step from which on it holds,
+            ``{0: -12, 10: -8}``; see `LiteAttention.set_threshold`. None for -8.
         calibration: what `calibrate` found, or its file, instead of threshold, rule and refresh_interval. A generation
             of another size than it was made for raises ValueError.
         rule: when a block is cleared; see `lite_attention.reference.forward`. None for running_max.
         refresh_interval: every so many steps all blocks are visited; 0 or None for never.
         warmup_steps: so many steps at the beginning are dense.
         cooldown_steps: so many steps at the end are dense.
+        dense_layers: patterns of names of layers (`Report.layers`) that never skip, such as ``*.blocks.0.*``; behind a
+            colon some heads of them, ``*.blocks.3.*:0,5``.
 
     Returns:
         What is skipped, always of the last generation.
@@ -75,15 +80,21 @@ def enable(
     """
     given = {"threshold": threshold, "rule": rule, "refresh_interval": refresh_interval}
     given = {name: value for name, value in given.items() if value is not None}
+    dense = [_parse_dense(pattern) for pattern in _patterns(dense_layers)]
     if calibration is None:
-        session = _replace_session(pipeline, _maker({"threshold": -8.0} | given), warmup_steps, cooldown_steps)
+        make = _leave_dense(_maker({"threshold": -8.0} | given), dense)
+        session = _replace_session(pipeline, make, warmup_steps, cooldown_steps)
     else:
         for name, value in given.items():
             raise ValueError(f"{name}: expected None beside calibration, which says it, got {value!r}")
         found = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
-        make = functools.partial(LiteAttention.from_calibration, found)
+        make = _leave_dense(functools.partial(LiteAttention.from_calibration, found), dense)
         session = _replace_session(pipeline, make, warmup_steps, cooldown_steps)
         found.check_layers(session.report.layers)
+    for pattern, _ in dense:
+        if not fnmatch.filter(session.report.layers, pattern):
+            known = ", ".join(session.report.layers[:3])
+            raise ValueError(f"dense_layers: expected patterns that fit layers ({known}, ...), got {pattern!r}")
     session.install()
     return session.report
 
@@ -180,6 +191,39 @@ def _maker(options: dict[str, Any]) -> Callable[[str], LiteAttention]:
     return lambda _layer: LiteAttention(**options)
 
 
+def _patterns(dense_layers: Iterable[str]) -> list[str]:
+    if isinstance(dense_layers, str):
+        raise TypeError(f"dense_layers: expected a list of patterns, got the string {dense_layers!r}")
+    return list(dense_layers)
+
+
+def _parse_dense(text: str) -> tuple[str, tuple[int, ...] | None]:
+    """A pattern of layers, and those of their heads that are left dense; None for all."""
+    pattern, colon, heads = text.partition(":")
+    try:
+        return pattern, check_heads(map(int, heads.split(","))) if colon else None
+    except ValueError:
+        raise ValueError(f"dense_layers: expected numbers of heads behind the colon, got {text!r}") from None
+
+
+def _leave_dense(
+    make: Callable[[str], LiteAttention], dense: list[tuple[str, tuple[int, ...] | None]]
+) -> Callable[[str], LiteAttention]:
+    """As ``make``, but layers that fit a pattern do not skip, or some heads of them do not."""
+
+    def made(layer: str) -> LiteAttention:
+        attention = make(layer)
+        for pattern, heads in dense:
+            if fnmatch.fnmatchcase(layer, pattern) and heads is None:
+                attention.enable_skip_optimization(False)
+            elif fnmatch.fnmatchcase(layer, pattern):
+                attention.dense_heads += heads or ()
+        attention.dense_heads = check_heads(attention.dense_heads)
+        return attention
+
+    return made
+
+
 def _replace_session(
     pipeline: DiffusionPipeline, make: Callable[[str], LiteAttention], warmup_steps: int, cooldown_steps: int
 ) -> _Session:
@@ -246,9 +290,10 @@ class _Layer(ModelHook):
             reason = "attention is causal, drops out or is spread over GPUs"
         elif keys is None:
             reason = "an attention mask hides other keys than the last ones"
-        if reason is None and self.transformer.skips():
+        attention = self._attention(step) if reason is None and self.transformer.skips() else None
+        if attention is not None and attention.enable_skipping:
             assert keys is not None
-            attention = self._attention(step)
+            attention.step = step
             transformer = self.transformer
             ranges = text_ranges(transformer.family.text, transformer.text_tokens, key.shape[1], keys)
             out = attention(query, key[:, :keys], value[:, :keys], scale, must_visit=ranges)

@@ -120,6 +120,36 @@ def test_warmup_and_cooldown_steps_are_dense(generate: Generate, pipeline: Any) 
     assert torch.equal(generate(pipeline), stock)
 
 
+def test_thresholds_by_step_count_the_steps_of_the_generation(generate: Generate, pipeline: Any) -> None:
+    stock = generate(pipeline)
+    report = enable(pipeline, threshold={2: -100.0, 4: -1.0, 5: -math.inf}, warmup_steps=1)
+    generate(pipeline)
+    sparsity = report.sparsity("cond").nan_to_num().amax(1)
+    assert not sparsity[:5].any()  # -100 skips nothing, and the step at -1 is the first that clears
+    report = enable(pipeline, threshold={3: -1.0})
+    generate(pipeline)
+    sparsity = report.sparsity("cond").nan_to_num().amax(1)
+    assert not sparsity[:4].any() and sparsity[-1] > 0
+    enable(pipeline, threshold={STEPS: -1.0})
+    torch.testing.assert_close(generate(pipeline), stock, rtol=0, atol=ROUNDING)
+
+
+def test_layers_and_heads_can_be_left_dense(generate: Generate, pipeline: Any) -> None:
+    stock = generate(pipeline)
+    report = enable(pipeline, threshold=-1.0)
+    generate(pipeline)
+    everywhere = report.mean_sparsity
+    report = enable(pipeline, threshold=-1.0, dense_layers=[report.layers[-1]])
+    generate(pipeline)
+    skipped = report.sparsity("cond").nan_to_num().amax(0) > 0
+    assert skipped.any() and not skipped[-1]
+    report = enable(pipeline, threshold=-1.0, dense_layers=["*:0"])
+    generate(pipeline)
+    assert 0 < report.mean_sparsity < everywhere
+    enable(pipeline, threshold=-1.0, dense_layers=["*"])
+    assert torch.equal(generate(pipeline), stock)
+
+
 def test_a_scheduler_that_was_replaced_is_followed(pipeline: Any, generate: Generate) -> None:
     enable(pipeline, threshold=-1.0)
     before = pipeline.scheduler
@@ -188,6 +218,9 @@ def test_options_are_checked_and_leave_the_pipeline_alone(pipeline: Any, generat
         (ValueError, "rule", {"rule": "best"}),
         (ValueError, "warmup_steps: expected 0 or more", {"warmup_steps": -1}),
         (TypeError, "cooldown_steps: expected an int", {"cooldown_steps": 1.5}),
+        (ValueError, "dense_layers: expected patterns that fit layers .*'blocks.99'", {"dense_layers": ["blocks.99"]}),
+        (ValueError, "dense_layers: expected numbers of heads", {"dense_layers": ["*:a"]}),
+        (TypeError, "dense_layers: expected a list of patterns", {"dense_layers": "*"}),
     ):
         with pytest.raises(error, match=message):
             enable(pipeline, **options)

@@ -189,6 +189,48 @@ def test_refresh_visits_everything_every_few_steps() -> None:
     assert dense_steps == [0, 3, 6]
 
 
+def test_thresholds_by_step() -> None:
+    inputs = make_inputs()
+    attn, other = LiteAttention({5: -math.inf, 1: -20, 3: 5.0}), LiteAttention(-math.inf)
+    for _video in range(2):
+        for step in range(7):
+            other.set_threshold({0: -math.inf, 1: -20.0, 2: -20.0, 3: -5.0, 4: -5.0, 5: -math.inf, 6: -math.inf}[step])
+            assert torch.equal(attn(*inputs), other(*inputs))
+            assert sparsity(attn) == sparsity(other)
+            assert (sparsity(attn) > 0) == (step == 4)
+        attn.reset_skip_state()
+        other.reset_skip_state()
+
+
+def test_steps_may_be_left_out_and_begin_anew_with_another_shape() -> None:
+    inputs = make_inputs()
+    attn = LiteAttention({2: -5.0})
+    for step in (1, 2, 3):
+        attn.step = step
+        attn(*inputs)
+    assert sparsity(attn) > 0
+    attn(*make_inputs(tokens_q=150))
+    assert (sparsity(attn), attn.step) == (0.0, 1)
+    attn(*make_inputs(tokens_q=150))
+    attn(*make_inputs(tokens_q=150))
+    assert sparsity(attn) == 0.0  # the first of the new state
+    attn(*make_inputs(tokens_q=150))
+    assert sparsity(attn) > 0
+
+
+@pytest.mark.parametrize("rule", ["running_max", "mass"])
+def test_dense_heads_visit_everything_and_the_others_do_not_notice(rule: reference.Rule) -> None:
+    query, key, value = make_inputs(heads=4)
+    attn, all_skip = LiteAttention(-5.0, rule=rule, dense_heads=[3, 1, 3]), LiteAttention(-5.0, rule=rule)
+    for _ in range(4):
+        out, skipped = attn(query, key, value), all_skip(query, key, value)
+    assert torch.equal(out[:, :, 0::2], skipped[:, :, 0::2])
+    torch.testing.assert_close(out[:, :, 1::2], dense(query, key, value)[:, :, 1::2].float(), rtol=0, atol=1e-5)
+    assert sparsity(attn) == pytest.approx(sparsity(all_skip) / 2)
+    with pytest.raises(ValueError, match="dense_heads: expected heads below 2, as the query has, got 3"):
+        attn(*make_inputs(heads=2))
+
+
 def test_cleared_blocks_stay_cleared_without_refresh() -> None:
     query, key, value = make_inputs()
     attn = LiteAttention(-5.0)
@@ -277,6 +319,12 @@ def test_threshold_can_be_set_later() -> None:
         ({"threshold": [-1.0, math.inf]}, ValueError, "threshold: expected a finite number or -inf, got inf"),
         ({"threshold": torch.tensor(-1.0)}, ValueError, "threshold: expected a number or shape .batch,."),
         ({"threshold": torch.ones(1, 1)}, ValueError, r"or shape \(batch,\), got shape \(1, 1\)"),
+        ({"threshold": {}}, ValueError, "threshold: expected a threshold for at least one step, got none"),
+        ({"threshold": {-1: -6}}, ValueError, "threshold: expected steps from 0 on, got -1"),
+        ({"threshold": {"0": -6}}, TypeError, "threshold: expected ints as steps, got str '0'"),
+        ({"threshold": {3: math.nan}}, ValueError, r"threshold\[3\]: expected a finite number or -inf, got nan"),
+        ({"dense_heads": [-1]}, ValueError, "dense_heads: expected heads from 0 on, got -1"),
+        ({"dense_heads": [1.0]}, TypeError, "dense_heads: expected ints, got float 1.0"),
         ({"rule": "max"}, ValueError, "rule: expected 'running_max' or 'mass', got 'max'"),
         ({"refresh_interval": -1}, ValueError, "refresh_interval: expected 0 .never. or more steps, got -1"),
         ({"use_int8": True}, ValueError, "use_int8: expected False .int8 is not supported., got True"),
