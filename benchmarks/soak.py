@@ -4,10 +4,10 @@ Draws some different jobs: prompts of random length out of Python's own sources,
 random options of LITE_ATTN. Each runs alone first; then thousands of requests, drawn from them, come at random times,
 and some hang up in the middle. Whatever a stream said must be what the job said alone; no slot may stay taken.
 
-Batching itself changes rounding in bfloat16: serve in float32, or with batch-invariant kernels. These differ in the last
-bits all the same when all but the last token of a prompt lie in the prefix cache, so leave that off. Where streams of
-dense requests differ, run the same against the engine's own attention. To have sequences preempted, give the server a
-small cache. For instance, on a CPU:
+Batching itself changes rounding in bfloat16: serve in float32, or with batch-invariant kernels. These differ in the
+last bits all the same when all but the last token of a prompt lie in the prefix cache, so leave that off. Where
+streams of dense requests differ, run the same against the engine's own attention. To have sequences preempted, give
+the server a small cache. For instance, on a CPU:
 
     VLLM_CPU_KVCACHE_SPACE=1 vllm serve $(lite-attention model smollm2 | tail -1) --attention-backend LITE_ATTN \
         --enforce-eager --dtype float32 --max-model-len 2048 --max-num-seqs 16 --num-gpu-blocks-override 40
