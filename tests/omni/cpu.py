@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.machinery
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,10 @@ import torch
 @functools.cache
 def prepare() -> torch.library.Library:
     """Make `vllm_omni` importable here, and its platform the CPU. Keep what it returns."""
-    sys.path.append(str(Path(__file__).with_name("plugin")))  # an entry point names the platform
+    plugin = str(Path(__file__).with_name("plugin"))
+    sys.path.append(plugin)  # an entry point names the platform
+    os.environ["PYTHONPATH"] = os.pathsep.join((plugin, str(Path(__file__).parents[2])))  # of processes to come
+    torch.accelerator.current_accelerator = lambda *_: torch.device("cpu")  # workers of 0.26 ask for one
     for name in ("torchaudio", "torchaudio.functional"):
         module = sys.modules[name] = ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)

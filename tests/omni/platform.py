@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
 from vllm.platforms.cpu import CpuPlatform
+from vllm_omni.diffusion import ipc
 from vllm_omni.platforms.interface import OmniPlatform, OmniPlatformEnum
 
 
@@ -26,9 +28,16 @@ class CpuOmniPlatform(OmniPlatform, CpuPlatform):  # type: ignore[misc]
         from vllm_omni.diffusion.attention.backends.registry import DiffusionAttentionBackendEnum
 
         AttentionImpl.forward = _forward
+        ipc._tensor_to_shm = _to_shared_memory
         name = (selected_backend or "TORCH_SDPA").upper()
-        cls.validate_diffusion_attn_backend(name)
+        if hasattr(cls, "validate_diffusion_attn_backend"):  # not in 0.26
+            cls.validate_diffusion_attn_backend(name)
         return str(DiffusionAttentionBackendEnum[name].get_path())
+
+    @classmethod
+    def get_default_stage_config_path(cls) -> str:
+        """Asked for by 0.26."""
+        return "vllm_omni/deploy"
 
     @classmethod
     def get_torch_device(cls, local_rank: int | None = None) -> torch.device:
@@ -63,6 +72,17 @@ class CpuOmniPlatform(OmniPlatform, CpuPlatform):  # type: ignore[misc]
     @classmethod
     def supports_torch_inductor(cls) -> bool:
         return True
+
+
+_stock_to_shared_memory = ipc._tensor_to_shm
+
+
+def _to_shared_memory(tensor: torch.Tensor, **_stream: Any) -> Any:
+    # On a stream the stock one of 0.26 copies by way of pinned memory, which only accelerators have. And an output that is
+    # there at once it may lose: two threads of a worker write to the same queue.
+    if _stream:
+        time.sleep(0.05)
+    return _stock_to_shared_memory(tensor)
 
 
 def _forward(self: Any, *args: Any) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from lite_attention.backend.omni.pool import StatePool
 from lite_attention.state import SkipState
-from tests.omni.conftest import Engine, latents
+from tests.omni.conftest import OLD, Engine, latents
 from tests.omni.tiny import STEPS
 
 ROUNDING = 1e-4
@@ -49,7 +49,8 @@ def stock(engine: Callable[..., Any], experts: int) -> dict[float, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def running(engine: Callable[..., Any], experts: int, stock: Any) -> Iterator[Engine]:
-    with engine(experts, max_num_seqs=2, request_batch_max_wait_ms=300) as started:
+    batches = {} if OLD else {"max_num_seqs": 2, "request_batch_max_wait_ms": 300}
+    with engine(experts, **batches) as started:
         yield started
 
 
