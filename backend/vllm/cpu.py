@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -21,6 +22,7 @@ from lite_attention.backend.vllm.state import LayerState
 from lite_attention.native import cpu as kernels
 from lite_attention.tiles import ceil_div
 
+logger = init_logger(__name__)
 support.warn_of_untested_version("cpu")
 hooks.install_worker_hooks()
 
@@ -48,6 +50,10 @@ class LiteMetadataBuilder(CPUAttentionMetadataBuilder):
         self.isa: str
         if self.isa == "amx":
             # Its keys and values are packed for matrix tiles; the vector layout serves the same dtypes.
+            logger.info_once(
+                "LITE_ATTN keeps the KV cache in vLLM's vector layout, as its kernels cannot read the one for AMX. "
+                "Prefill may be slower than with CPU_ATTN, and requests that do not skip are rounded differently."
+            )
             self.isa = "vec"
             self._set_isa_to_layers(layer_names)
         support.warn_of_compiled_model(vllm_config)

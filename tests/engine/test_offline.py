@@ -19,13 +19,29 @@ def skipping(threshold: float, **options: Any) -> dict[str, Any]:
     return {"lite_attn_threshold": threshold} | {f"lite_attn_{name}": value for name, value in options.items()}
 
 
+@pytest.fixture
+def without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock attention in the vector layout, as LITE_ATTN has it: for AMX it has another, and is rounded differently."""
+    from vllm.v1.attention.backends import cpu_attn
+
+    choose = cpu_attn._get_attn_isa
+
+    def chosen(*args: Any, **kwargs: Any) -> str:
+        isa: str = choose(*args, **kwargs)
+        return "vec" if isa == "amx" else isa
+
+    monkeypatch.setattr(cpu_attn, "_get_attn_isa", chosen)
+
+
+@pytest.mark.usefixtures("without_amx")
 def test_requests_that_do_not_skip_get_the_tokens_of_stock_attention(engine: Callable[..., Any]) -> None:
     lengths = (20, 33, 127, 300, 700, 1500, 3000, 6000)
     with engine("CPU_ATTN", max_model_len=8192) as stock:
-        want = stock.tokens([Job(n, {}) for n in lengths])
+        # The second time prompts come from the prefix cache, and products of fewer rows are rounded differently.
+        want, again = (stock.tokens([Job(n, {}) for n in lengths]) for _ in range(2))
     with engine("LITE_ATTN", max_model_len=8192) as lite:
         assert lite.tokens([Job(n, DENSE) for n in lengths]) == want
-        assert lite.tokens([Job(n, skipping(-math.inf)) for n in lengths]) == want
+        assert lite.tokens([Job(n, skipping(-math.inf)) for n in lengths]) == again
         assert lite.tracker.table.active_slots == 0
 
 
