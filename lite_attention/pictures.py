@@ -1,4 +1,4 @@
-"""Pictures of what was skipped; the only module that draws."""
+"""Pictures of what was skipped, for `Report.plot`, the command `lite-attention plot` and the benchmarks."""
 
 from __future__ import annotations
 
