@@ -7,14 +7,25 @@ from lite_attention.version import __version__
 
 if TYPE_CHECKING:
     from lite_attention.attention import LiteAttention, SeqParallelLiteAttention, merge_attention
+    from lite_attention.report import Report, follow
     from lite_attention.state import SkipState
 
-__all__ = ["LiteAttention", "SeqParallelLiteAttention", "SkipState", "__version__", "merge_attention"]
+__all__ = [
+    "LiteAttention",
+    "Report",
+    "SeqParallelLiteAttention",
+    "SkipState",
+    "__version__",
+    "follow",
+    "merge_attention",
+]
 
 _HOMES = {
     "LiteAttention": "lite_attention.attention",
     "SeqParallelLiteAttention": "lite_attention.attention",
     "merge_attention": "lite_attention.attention",
+    "Report": "lite_attention.report",
+    "follow": "lite_attention.report",
     "SkipState": "lite_attention.state",
 }
 

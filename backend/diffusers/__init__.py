@@ -7,7 +7,7 @@ video = pipeline(prompt).frames
 report.plot("sparsity.png")
 """
 
-from lite_attention.backend.diffusers.report import Report
 from lite_attention.backend.diffusers.session import calibrate, disable, enable, measure, skipping
+from lite_attention.report import Report
 
 __all__ = ["Report", "calibrate", "disable", "enable", "measure", "skipping"]

@@ -28,10 +28,11 @@ from lite_attention.attention import Threshold
 from lite_attention.backend.denoising import state_at, text_ranges, valid_keys
 from lite_attention.backend.diffusers import dispatch
 from lite_attention.backend.diffusers.models import FAMILIES, Family, attentions, family_of
-from lite_attention.backend.diffusers.report import Report
 from lite_attention.calibration import Calibration, Target, find
 from lite_attention.costs import Cost, Meter
 from lite_attention.options import Rule, check_heads
+from lite_attention.report import Report
+from lite_attention.state import SkipState
 
 logger = logging.getLogger(__name__)
 
@@ -297,7 +298,7 @@ class _Layer(ModelHook):
             transformer = self.transformer
             ranges = text_ranges(transformer.family.text, transformer.text_tokens, key.shape[1], keys)
             out = attention(query, key[:, :keys], value[:, :keys], scale, must_visit=ranges)
-            self._note(step, attention.sparsity_tensor)
+            self._note(step, attention.sparsity_tensor, attention.skip_state)
             return out
         if reason is not None:
             self.transformer.session.dense(reason)
@@ -311,9 +312,9 @@ class _Layer(ModelHook):
         assert branch is not None
         return state_at(self.attentions, branch, step, lambda: self.transformer.session.make(self.name))
 
-    def _note(self, step: int, share: Tensor | float | None) -> None:
+    def _note(self, step: int, share: Tensor | float | None, state: SkipState | None = None) -> None:
         branch = self.transformer.branch or "no branch"
-        self.transformer.session.report.add(self.name, branch, step, 0.0 if share is None else share)
+        self.transformer.session.report.add(self.name, branch, step, 0.0 if share is None else share, state)
 
 
 class _BackendLayer(_Layer):
@@ -440,7 +441,8 @@ class _Session:
         self.steps: defaultdict[str | None, int] = defaultdict(int)
         self.total_steps = 0
         self.transformers = self._transformers()
-        self.report = Report([layer.name for hook in self.transformers for layer in hook.layers.values()])
+        layers = [layer.name for hook in self.transformers for layer in hook.layers.values()]
+        self.report = Report(layers, title=pipeline.name_or_path or type(pipeline).__name__)
         self._scheduler: Any = None
 
     def _transformers(self) -> list[_Transformer]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lite_attention.cli import calibrate, doctor, generate, model, serve
+from lite_attention.cli import calibrate, doctor, generate, model, plot, serve
 from lite_attention.version import __version__
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command(no_args_is_help=True)(generate.generate)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve.serve)
 app.command()(doctor.doctor)
 app.command(no_args_is_help=True)(calibrate.calibrate)
+app.command(no_args_is_help=True)(plot.plot)
 app.command(no_args_is_help=True)(model.model)
 
 

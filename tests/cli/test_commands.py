@@ -26,7 +26,7 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, arguments)
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["serve"], ["doctor"], ["model"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["serve"], ["doctor"], ["plot"], ["model"]])
 def test_help_shows_examples_and_needs_no_engine(command: list[str]) -> None:
     shown = run(*command, "--help")
     assert shown.exit_code == 0

@@ -199,15 +199,21 @@ def test_compiled_transformers_skip_alike(pipeline: Any, generate: Generate) -> 
     assert torch.equal(generate(pipeline), stock)
 
 
-def test_the_report_has_a_picture(pipeline: Any, generate: Generate, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+def test_the_report_has_masks_and_can_be_kept(pipeline: Any, generate: Generate, tmp_path: Path) -> None:
     report = enable(pipeline, threshold=-1.0)
     assert "0 steps" in repr(report)
+    first, *_, last = report.layers
+    report.keep_masks([STEPS - 2], [first, last])
+    generate(pipeline, seed=1)
     generate(pipeline)
-    figure = report.plot(tmp_path / "report.png")
-    assert (tmp_path / "report.png").stat().st_size > 0
-    assert [axes.get_title() for axes in figure.axes[:2]] == ["cond", "uncond"]
-    assert report.sparsity("cond").shape[1] == len(report.layers)
+    ran = {layer for layer, share in zip(report.layers, report.sparsity("cond")[-1], strict=True) if not share.isnan()}
+    assert {of.layer for of in report.masks} == ran & {first, last}
+    for of, mask in report.masks.items():
+        skipped = float(report.sparsity("cond")[of.step + 1, report.layers.index(of.layer)])
+        assert mask.bits().float().mean().item() == pytest.approx(1 - skipped) and skipped > 0
+    report.save(tmp_path / "wan.trace")
+    kept = Report.load(tmp_path / "wan.trace")
+    assert kept.title == "WanPipeline" and repr(kept) == repr(report) and list(kept.masks) == list(report.masks)
 
 
 def test_options_are_checked_and_leave_the_pipeline_alone(pipeline: Any, generate: Generate) -> None:

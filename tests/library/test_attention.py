@@ -240,6 +240,41 @@ def test_cleared_blocks_stay_cleared_without_refresh() -> None:
     assert set(visited_blocks(attn)) <= set(cleared)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rule", ["running_max", "mass"])
+@pytest.mark.parametrize("threshold", [-0.1, -0.5, -1.0, -2.0, -4.0, -7.0, -10.0, -15.0, -30.0])
+@pytest.mark.parametrize(
+    ("warmup", "refresh", "ranges"),
+    [
+        (0, 0, {}),
+        (2, 0, {}),
+        (0, 3, {}),
+        (0, 0, {"must_visit": [(70, 100)]}),
+        (0, 0, {"must_skip": [(64, 375)]}),
+        (1, 2, {"must_visit": [(300, 375)], "must_skip": [(0, 128)]}),
+    ],
+    ids=["alone", "warm-up", "refresh", "must_visit", "must_skip", "all"],
+)
+def test_no_setting_leaves_the_range_of_the_values(
+    threshold: float, rule: reference.Rule, warmup: int, refresh: int, ranges: dict[str, Any], dtype: torch.dtype
+) -> None:
+    # Whatever is skipped, every output is a mean of some values; nothing to visit would be NaN or 0.
+    attn = LiteAttention(threshold, rule=rule, refresh_interval=refresh)
+    random = torch.Generator().manual_seed(7)
+    for step in range(8):
+        attn.enable_skip_optimization(step >= warmup)
+        query, key, _ = make_inputs(dtype=dtype)
+        # What mattered matters no more: queries look elsewhere at each step, and ever more sharply.
+        query = query * (step + 1) * (1 if step % 2 else -1)
+        value = 2.0 + torch.rand(key.shape, generator=random).to(dtype)
+        out, lse = attn(query, key, value, return_softmax_lse=True, **ranges)
+        assert lse.isfinite().all()
+        low, high = value.amin(1, keepdim=True), value.amax(1, keepdim=True)
+        assert ((out >= low - 0.02) & (out <= high + 0.02)).all()
+        assert attn.skip_state is None or bool((attn.skip_state.mask != 0).any(-1).all())
+    assert refresh or sparsity(attn) > 0.1, "something was skipped"
+
+
 def test_must_visit_and_must_skip() -> None:
     inputs = make_inputs()
     attn = LiteAttention(-2.0)

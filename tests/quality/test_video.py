@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.quality.methods import DenseAttention
 from benchmarks.quality.video import scenes
 from benchmarks.quality.video.model import NO_LABELS, PATCH, TINY, Config, VideoTransformer, load, rotary, rotate, save
-from benchmarks.quality.video.sample import Site, noise, sample
+from benchmarks.quality.video.sample import BRANCHES, Site, noise, sample
 from benchmarks.quality.video.train import STAGES, Stage, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -235,6 +235,26 @@ def test_the_commands_one_after_the_other(
         with pytest.raises(SystemExit):
             run(main, monkeypatch, *arguments)
         assert message in capsys.readouterr().err
+
+
+def test_a_trace_of_a_video(
+    tmp_path: Path, model: VideoTransformer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("skimage")
+    from benchmarks.quality.video import trace
+    from lite_attention import Report
+
+    save(model, tmp_path / "model.safetensors")
+    out = tmp_path / "video.trace"
+    common = ("--checkpoint", tmp_path / "model.safetensors", "--steps", 6, "--size", 32, "--out", out)
+    run(trace.main, monkeypatch, *common, "--rule", "mass", "--threshold", 0)
+    report = Report.load(out)
+    assert report.branches == list(BRANCHES) and report.layers == ["0", "1"]
+    assert report.sparsity("conditional").shape == (6, 2) and report.mean_sparsity > 0.1
+    assert {of.step for of in report.masks} == {2, 4}
+    with pytest.raises(SystemExit):
+        run(trace.main, monkeypatch, "--checkpoint", tmp_path / "no")
+    assert "--checkpoint: expected a file, got" in capsys.readouterr().err
 
 
 def test_no_video_is_begun_without_time(model: VideoTransformer) -> None:

@@ -1,7 +1,7 @@
 """Pictures of what skipping costs in videos, from a kept run of `benchmarks.quality.video.evaluate`.
 
-Three pictures: PSNR, SSIM and error of motion against the share of blocks skipped, and against the time of attention
-where there is one (NAME.png); the same frames by several methods and what differs from dense, 8 times as strong
+Three pictures: PSNR, SSIM and error of motion against the threshold, the share of blocks skipped and, where there is
+one, the time of attention (NAME.png); the same frames by several methods and what differs from dense, 8 times as strong
 (NAME_frames.png); and how much each layer skips at each step (NAME_layers.png).
 
     python -m benchmarks.quality.video.plot
@@ -18,13 +18,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.quality.video import FOLDER
 from benchmarks.quality.video.sample import BRANCHES
 from benchmarks.results import DIRECTORY
+from lite_attention.pictures import SKIPPED, heat_map, scale
 
 Row = dict[str, Any]
 MEASURES = {"psnr": "PSNR against dense, dB", "ssim": "SSIM", "temporal_error": "error of motion"}
@@ -39,8 +39,8 @@ def label(row: Row) -> str:
 
 
 def curves(rows: Sequence[Row], title: str) -> Figure:
-    """Each measure against sparsity and, where there is one, the time of attention."""
-    across = {"sparsity": "share of blocks skipped"}
+    """Each measure against the threshold, the sparsity and, where there is one, the time of attention."""
+    across = {"threshold": "threshold, as the method means it", "sparsity": SKIPPED}
     if any(row["attention_milliseconds"] for row in rows):
         across["attention_milliseconds"] = "time of attention a video, ms"
     figure, panels = plt.subplots(
@@ -73,19 +73,18 @@ def frames(rows: Sequence[Row], pictures: dict[str, Tensor], title: str) -> Figu
     """Frames of the dense clip and of others, and what differs."""
     dense = pictures["stills dense"].float() / 255
     names = ["dense", *(label(row) for row in rows)]
-    figure, panels = plt.subplots(
-        len(names), 2 * len(dense), figsize=(2.4 * len(dense), 1.45 * len(names)), squeeze=False, layout="constrained"
-    )
+    figure = plt.figure(figsize=(2.4 * len(dense), 1.45 * len(names)), layout="constrained")
     notes = {label(row): f"{row['sparsity']:.0%} skipped, {_decibels(row['psnr_of_videos'][0])}" for row in rows}
-    for line, name in zip(panels, names, strict=True):
+    for line, name in zip(figure.subfigures(len(names), 1, squeeze=False)[:, 0], names, strict=True):
         clip = pictures[f"stills {name}"].float() / 255
         difference = 0.5 + AMPLIFIED / 2 * (clip - dense)
-        for panel, picture in zip(line, (*clip, *difference.clamp(0, 1)), strict=True):
+        panels = line.subplots(1, 2 * len(dense), squeeze=False)[0]
+        for panel, picture in zip(panels, (*clip, *difference.clamp(0, 1)), strict=True):
             panel.imshow(picture.numpy())
             panel.axis("off")
-        line[0].set_title(f"{name}: {notes[name]}" if name in notes else name, fontsize=8, loc="left")
-    panels[0, len(dense)].set_title(f"difference to dense, x {AMPLIFIED}", fontsize=8, loc="left")
-    figure.suptitle(title, fontsize=9)
+        note = f"{name}: {notes[name]}" if name in notes else name
+        line.suptitle(note, fontsize=8, x=0.01, horizontalalignment="left")
+    figure.suptitle(f"{title}; on the right what differs from dense, x {AMPLIFIED}", fontsize=9)
     return figure
 
 
@@ -95,17 +94,16 @@ def layers(rows: Sequence[Row], pictures: dict[str, Tensor]) -> Figure:
         len(BRANCHES), len(rows), figsize=(2.6 * len(rows) + 1, 4.6), squeeze=False, sharex=True, sharey=True,
         layout="constrained",
     )  # fmt: skip
+    highest = scale([pictures[f"sparsity {label(row)}"] for row in rows])
     for column, row in zip(panels.T, rows, strict=True):
         column[0].set_title(label(row), fontsize=8)
         for panel, shares in zip(column, pictures[f"sparsity {label(row)}"].unbind(1), strict=True):
-            picture = panel.imshow(shares.T.numpy(), aspect="auto", interpolation="nearest", origin="lower",
-                                   vmin=0, vmax=1)  # fmt: skip
+            picture = heat_map(panel, shares, highest)
     for panel, branch in zip(panels[:, 0], BRANCHES, strict=True):
         panel.set_ylabel(f"layer, {branch}")
-        panel.yaxis.set_major_locator(MaxNLocator(integer=True))
     for panel in panels[-1]:
         panel.set_xlabel("step")
-    figure.colorbar(picture, ax=panels, label="share of blocks skipped", shrink=0.8)
+    figure.colorbar(picture, ax=panels, label=SKIPPED, shrink=0.8)
     return figure
 
 
