@@ -82,15 +82,16 @@ def enable(
     given = {"threshold": threshold, "rule": rule, "refresh_interval": refresh_interval}
     given = {name: value for name, value in given.items() if value is not None}
     dense = [_parse_dense(pattern) for pattern in _patterns(dense_layers)]
+    found: Calibration | None = None
     if calibration is None:
-        make = _leave_dense(_maker({"threshold": -8.0} | given), dense)
-        session = _replace_session(pipeline, make, warmup_steps, cooldown_steps)
+        make = _maker({"threshold": -8.0} | given)
     else:
         for name, value in given.items():
             raise ValueError(f"{name}: expected None beside calibration, which says it, got {value!r}")
         found = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
-        make = _leave_dense(functools.partial(LiteAttention.from_calibration, found), dense)
-        session = _replace_session(pipeline, make, warmup_steps, cooldown_steps)
+        make = functools.partial(LiteAttention.from_calibration, found)
+    session = _replace_session(pipeline, _leave_dense(make, dense), warmup_steps, cooldown_steps)
+    if found is not None:
         found.check_layers(session.report.layers)
     for pattern, _ in dense:
         if not fnmatch.filter(session.report.layers, pattern):
@@ -214,12 +215,10 @@ def _leave_dense(
 
     def made(layer: str) -> LiteAttention:
         attention = make(layer)
-        for pattern, heads in dense:
-            if fnmatch.fnmatchcase(layer, pattern) and heads is None:
-                attention.enable_skip_optimization(False)
-            elif fnmatch.fnmatchcase(layer, pattern):
-                attention.dense_heads += heads or ()
-        attention.dense_heads = check_heads(attention.dense_heads)
+        fitting = [heads for pattern, heads in dense if fnmatch.fnmatchcase(layer, pattern)]
+        if None in fitting:
+            attention.enable_skip_optimization(False)
+        attention.dense_heads = check_heads(head for heads in fitting for head in heads or ())
         return attention
 
     return made
