@@ -43,23 +43,25 @@ struct Config {
     static_assert(!kPaired || kTracking == Tracking::kNone);
     static constexpr int kCluster = kPaired ? 2 : 1;
 
-    // Warpgroups that compute, 64 queries each. Four hide better what each waits for, where a head is small enough for the
-    // registers that each has then. They work on two rows of the mask side by side, so that both must visit the same.
-    static constexpr bool kWide = kHeadDim <= 64 && kTracking == Tracking::kNone;
-    static constexpr int kConsumers = kWide ? 4 : 2;
+    // Warpgroups that compute, 64 queries each. The more there are, the better they hide what each waits for, and the more queries
+    // a fetched block serves; registers and a row of the mask, which is two warpgroups', set the limit. More than two work on
+    // several rows of the mask side by side, so that all must visit the same.
+    static constexpr int kConsumers = kTracking != Tracking::kNone || kHeadDim > 128 ? 2 : kHeadDim > 64 ? 3 : 4;
+    static constexpr bool kWide = kConsumers > 2;
     static constexpr int kRows = kConsumers * 64;
     static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
     static constexpr int kConsumerWarps = kRows / kWarpQ;
     static_assert(kRows == kTileQ || kTracking == Tracking::kNone);
 
     // Blocks that one product tile gathers, and tiles in flight.
-    static constexpr int kBlocks = kWide ? 1 : kHeadDim <= 64 || kPaired ? 3 : kHeadDim <= 128 ? 2 : 1;
+    static constexpr int kBlocks = kWide || kHeadDim > 128 ? 1 : 3;
     static constexpr int kTileK = kBlocks * kBlockK;
     static constexpr int kStages = kWide ? 4 : kHeadDim == 192 ? 3 : 2;
-    static constexpr int kQueryStages = kHeadDim <= 128 && !kPaired ? 2 : 1;
+    static constexpr int kQueryStages = kWide || kHeadDim < 128 ? 2 : 1;
 
-    static constexpr int kProducerRegisters = kWide ? 32 : kPaired ? 24 : 40;
-    static constexpr int kConsumerRegisters = kWide ? 112 : kPaired ? 240 : 232;
+    static constexpr bool kTight = kBlocks > 1 && kHeadDim > 64;
+    static constexpr int kProducerRegisters = kWide ? 32 : kTight ? 24 : 40;
+    static constexpr int kConsumerRegisters = kConsumers == 4 ? 112 : kConsumers == 3 ? 160 : kTight ? 240 : 232;
     // A block is launched with the same number for every thread; what the consumers add the producers must have given, or the
     // kernel waits for it for ever.
     static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (kConsumers + 1) * (65536 / kThreads / 8 * 8));
@@ -88,19 +90,13 @@ struct Config {
         cute::Step<cute::_2, cute::_1, cute::_3>{}));
 
     using Warpgroups = cute::Layout<cute::Shape<cute::Int<kConsumers>, cute::_1, cute::_1>>;
-    // Queries wait in registers where there is room: what shared memory need not deliver again for every tile is power saved.
-    static constexpr bool kQueryInRegisters =
-        64 < kHeadDim && kHeadDim <= 128 && !kPaired && kTracking == Tracking::kNone;
-    static constexpr auto atom_qk() {
-        using namespace cute::GMMA;
-        using Shape = cute::Shape<cute::Int<kRows>, cute::Int<kTileK>, cute::Int<kHeadDim>>;
-        if constexpr (kQueryInRegisters) {
-            return rs_op_selector<Element, Element, float, Shape, Major::K, Major::K>();
-        } else {
-            return ss_op_selector<Element, Element, float, Shape>();
-        }
-    }
-    using MmaQK = decltype(cute::make_tiled_mma(atom_qk(), Warpgroups{}));
+    using MmaQK = decltype(cute::make_tiled_mma(
+        cute::GMMA::ss_op_selector<
+            Element,
+            Element,
+            float,
+            cute::Shape<cute::Int<kRows>, cute::Int<kTileK>, cute::Int<kHeadDim>>>(),
+        Warpgroups{}));
     using MmaPV = decltype(cute::make_tiled_mma(
         cute::GMMA::rs_op_selector<
             Element,

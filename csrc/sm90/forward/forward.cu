@@ -38,9 +38,7 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
         encode<Config>(
             kernel_params.key, key, params.tokens_k, params.kv_heads, params.batch, params.head_dim, Config::kBoxK) &&
         encode<Config>(
-            kernel_params.value, value, params.tokens_k, params.kv_heads, params.batch, params.head_dim, Config::kBoxK) &&
-        encode<Config>(
-            kernel_params.out, params.out, params.tokens_q, params.heads, params.batch, params.head_dim, kWarpQ);
+            kernel_params.value, value, params.tokens_k, params.kv_heads, params.batch, params.head_dim, Config::kBoxK);
     if (!encoded) { return "the copy engine refuses a tensor: expected 16-byte aligned data and strides"; }
 
     int const tiles = ceil_div(params.tokens_q, Config::kRows * Config::kCluster);
@@ -64,6 +62,8 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
         params.batch,
         static_cast<int>(kv_heads) * kv_group,
         params.causal};
+    kernel_params.out = params.out;
+    kernel_params.head_dim = params.head_dim;
     kernel_params.lse = params.lse;
     kernel_params.lse_state = params.lse_state;
     kernel_params.lse_state_batch_stride = params.lse_state_batch_stride;
@@ -97,8 +97,9 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
 
 // Whether pairs of thread blocks are faster: there is much to fetch, both have the same to do, and hardly a tile of queries is
 // left without a partner. Measured at 4,096 and 16,384 keys (docs/kernel-notes.md).
+template <class Config>
 bool pays_paired(ForwardParams const& params) {
-    int const tiles = ceil_div(params.tokens_q, kTileQ);
+    int const tiles = ceil_div(params.tokens_q, Config::kRows);
     return params.tokens_k >= 8192 && !params.causal && (tiles % 2 == 0 || tiles >= 32);
 }
 
@@ -110,7 +111,8 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
     constexpr auto kWhat = static_cast<Tracking>(kTracking);
     if (tensor_map_encoder() == nullptr) { return "the CUDA driver is too old: it has no tensor maps"; }
     if constexpr (kWhat == Tracking::kNone && 64 < kHeadDim && kHeadDim <= 128) {
-        if (pays_paired(params)) { return launch<Config<kHeadDim, Element, kWhat, true>>(params, stream); }
+        using Paired = Config<kHeadDim, Element, kWhat, true>;
+        if (pays_paired<Paired>(params)) { return launch<Paired>(params, stream); }
     }
     return launch<Config<kHeadDim, Element, kWhat, false>>(params, stream);
 }

@@ -19,7 +19,8 @@ struct KernelParams {
     CUtensorMap query;
     CUtensorMap key;
     CUtensorMap value;
-    CUtensorMap out;
+    TensorView out;
+    int head_dim;
     RowParams rows;
     float* lse;
     float* lse_state;
@@ -145,6 +146,44 @@ CUTLASS_DEVICE T broadcast(T const& shared) {
     return value;
 }
 
+// Writes a warp's rows of the output, 16 bytes a lane: lanes of a quad hold pairs of channels of every 8 and exchange them, so that
+// each has all of one of four groups of 8. `row`: the first of this thread's two.
+template <class Config, class Out>
+CUTLASS_DEVICE void write(
+    KernelParams const& params, Work const& work, int row, bool const (&valid)[2], float const (&factor)[2], Out const& out) {
+    using Element = typename Config::Element;
+    int const lane = threadIdx.x % 4;
+    bool const odd = lane & 1;
+    bool const upper = lane & 2;
+    auto* const first = static_cast<Element*>(params.out.data) + work.batch * params.out.batch_stride +
+                        work.head * params.out.head_stride + row * params.out.token_stride;
+    auto exchange = [](bool second, uint32_t a, uint32_t b, int lane_bit) {
+        return __shfl_xor_sync(~0u, second ? a : b, lane_bit);
+    };
+    CUTLASS_PRAGMA_UNROLL
+    for (int group = 0; group < Config::kHeadDim / 8; group += 4) {
+        int const channel = (group + lane) * 8;
+        CUTLASS_PRAGMA_UNROLL
+        for (int r = 0; r < 2; ++r) {
+            uint32_t part[4];  // of the groups
+            CUTLASS_PRAGMA_UNROLL
+            for (int g = 0; g < 4; ++g) {
+                int const place = 4 * (group + g) + 2 * r;
+                part[g] = pack(out(place) * factor[r], out(place + 1) * factor[r], Element{});
+            }
+            // Of groups 0 and 2, or 1 and 3, the pairs of this lane and its neighbour.
+            uint32_t const near[2] = {exchange(odd, part[0], part[1], 1), exchange(odd, part[2], part[3], 1)};
+            uint2 const low = odd ? make_uint2(near[0], part[1]) : make_uint2(part[0], near[0]);
+            uint2 const high = odd ? make_uint2(near[1], part[3]) : make_uint2(part[2], near[1]);
+            uint2 const far = {exchange(upper, low.x, high.x, 2), exchange(upper, low.y, high.y, 2)};
+            uint4 const whole = upper ? make_uint4(far.x, far.y, high.x, high.y) : make_uint4(low.x, low.y, far.x, far.y);
+            if (valid[r] && channel < params.head_dim) {
+                *reinterpret_cast<uint4*>(first + 8 * r * params.out.token_stride + channel) = whole;
+            }
+        }
+    }
+}
+
 template <class Config>
 CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& shared) {
     using namespace cute;
@@ -168,13 +207,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     // Descriptors depend on the warpgroup alone.
     auto const slice_qk = mma_qk.get_slice(warpgroup * kWarpgroup);
     auto const slice_pv = mma_pv.get_slice(warpgroup * kWarpgroup);
-    Tensor q = [&] {
-        if constexpr (Config::kQueryInRegisters) {
-            return make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Config::kHeadDim / 16>, _1>>{});
-        } else {
-            return slice_qk.partition_fragment_A(query);
-        }
-    }();
+    Tensor q = slice_qk.partition_fragment_A(query);
     Tensor k = slice_qk.partition_fragment_B(key);
     Tensor v = slice_pv.partition_fragment_B(value);
     Tensor scores = partition_fragment_C(mma_qk, Shape<Int<Config::kRows>, Int<Config::kTileK>>{});
@@ -205,29 +238,13 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     auto pass_turn = [&] {
         cutlass::arch::NamedBarrier::arrive(2 * kWarpgroup, kTurnBarrier + (warpgroup + 1) % Config::kConsumers);
     };
-    // Four matrices of 8 by 8 of this warp's queries, or of the output that takes their place: rows from 0 and 8, channels
-    // from 16 i and 16 i + 8. Each lane points to one of their rows.
-    auto matrices = [&](int i) -> uint128_t& {
-        return reinterpret_cast<uint128_t&>(
-            query(warp * kWarpQ + lane % 16, 16 * i + lane / 16 * 8, shared.queries.place(n_row)));
-    };
-    auto load_query = [&] {
-        if constexpr (Config::kQueryInRegisters) {
-            CUTLASS_PRAGMA_UNROLL
-            for (int i = 0; i < Config::kHeadDim / 16; ++i) {
-                auto* const to = reinterpret_cast<uint32_t*>(raw_pointer_cast(&q(0, 0, i, 0)));
-                SM75_U32x4_LDSM_N::copy(matrices(i), to[0], to[1], to[2], to[3]);
-            }
-        }
-    };
     auto issue_qk = [&] {
-        int const stage = Config::kQueryInRegisters ? 0 : shared.queries.place(n_row);
         warpgroup_fence_operand(scores);
         warpgroup_arrive();
         mma_qk.accumulate_ = GMMA::ScaleOut::Zero;
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < size<2>(q); ++i) {
-            cute::gemm(mma_qk, q(_, _, i, stage), k(_, _, i, shared.keys.place(n)), scores);
+            cute::gemm(mma_qk, q(_, _, i, shared.queries.place(n_row)), k(_, _, i, shared.keys.place(n)), scores);
             mma_qk.accumulate_ = GMMA::ScaleOut::One;
         }
         warpgroup_commit_batch();
@@ -241,6 +258,11 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
             mma_pv.accumulate_ = GMMA::ScaleOut::One;
         }
         warpgroup_commit_batch();
+    };
+    // After the last product that reads a row's queries: the next ones come while it ends.
+    auto empty_queries = [&] {
+        __syncwarp();
+        if (lane == 0) { Barrier::arrive(&shared.queries.empty[shared.queries.place(n_row)]); }
     };
     auto answer = [&](uint32_t n, uint32_t keep) {
         if (kTracking != Tracking::kNone && lane == 0) { shared.step[shared.steps.place(n)].keep[warp] = keep; }
@@ -268,7 +290,6 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
             }
         }
 
-        load_query();
         shared.keys.wait_full(n);
         Visit<kBlocks> visit = broadcast(shared.step[shared.steps.place(n)].visit);
         issue_qk();
@@ -277,6 +298,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         warpgroup_wait<0>();
         warpgroup_fence_operand(scores);
         empty(shared.keys, n);
+        if (work.steps == 1) { empty_queries(); }
         hide(rows, visit, first_row, row, scores);
         softmax.first(scores, words);
 
@@ -297,6 +319,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
             warpgroup_fence_operand(out);
             empty(shared.keys, n);
             empty(shared.values, n - 1);
+            if (step == work.steps - 1) { empty_queries(); }
             if (rows.causal && step <= kCausalSteps) { hide(rows, visit, first_row, row, scores); }
             float rescale[2];
             bool const raised = softmax.step(scores, words, rescale);
@@ -316,29 +339,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         float factor[2];
         float lse[2];
         softmax.end(factor, lse);
-        // The output leaves by the place of the queries, which no product reads any more: each warp its own rows.
-        Element* const tile = shared.query + shared.queries.place(n_row) * Config::kRows * Config::kHeadDim;
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < Config::kHeadDim / 16; ++i) {
-            uint32_t part[4];
-            CUTLASS_PRAGMA_UNROLL
-            for (int m = 0; m < 4; ++m) {
-                float const channels[2] = {out(8 * i + 2 * m), out(8 * i + 2 * m + 1)};
-                part[m] = pack(channels[0] * factor[m % 2], channels[1] * factor[m % 2], Element{});
-            }
-            SM90_U32x4_STSM_N::copy(part[0], part[1], part[2], part[3], matrices(i));
-        }
-        cute::tma_store_fence();
-        __syncwarp();
-        if (lane == 0) {
-            CUTLASS_PRAGMA_UNROLL
-            for (int plane = 0; plane < Config::kPlanes; ++plane) {
-                cute::SM90_TMA_STORE_4D::copy(
-                    &params.out, tile + (plane * Config::kRows + warp * kWarpQ) * Config::kPlane, plane * Config::kPlane,
-                    work.tile * Config::kRows + warp * kWarpQ, work.head, work.batch);
-            }
-            cute::tma_store_arrive();
-        }
+        write<Config>(params, work, row, valid, factor, out);
         CUTLASS_PRAGMA_UNROLL
         for (int r = 0; r < 2; ++r) {
             if (valid[r] && lane % 4 == 0) {
@@ -346,10 +347,6 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
                     lse[r];
                 if (lse_state != nullptr) { lse_state[8 * r] = lse[r]; }
             }
-        }
-        if (lane == 0) {
-            cute::tma_store_wait<0>();
-            Barrier::arrive(&shared.queries.empty[shared.queries.place(n_row)]);
         }
     }
 }
@@ -363,7 +360,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(__grid_con
         cute::prefetch_tma_descriptor(&params.query);
         cute::prefetch_tma_descriptor(&params.key);
         cute::prefetch_tma_descriptor(&params.value);
-        cute::prefetch_tma_descriptor(&params.out);
         shared.queries.init(1, Config::kConsumerWarps);
         shared.keys.init(1, Config::kConsumerWarps * Config::kCluster);
         shared.values.init(1, Config::kConsumerWarps * Config::kCluster);

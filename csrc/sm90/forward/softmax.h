@@ -112,8 +112,10 @@ class Softmax {
     template <class Scores>
     CUTLASS_DEVICE void first(Scores const& scores, uint32_t (&weights)[kBlocks * 16]) {
         float rescale[2];
-        exponents(scores, raise(scores, rescale), weights);
-        add(scores);
+        Offsets const offsets = raise(scores, rescale);
+        look(scores);
+        exponents(scores, offsets, weights);
+        add();
     }
 
     // A later tile. True where earlier weights are to be multiplied by `rescale`.
@@ -124,6 +126,7 @@ class Softmax {
         // A loop, though it runs once or twice: with a copy of the exponents in a branch the compiler serializes the products.
         CUTLASS_PRAGMA_NO_UNROLL
         while (true) {
+            look(scores);
             exponents(scores, offsets, weights);
             bool light = true;
             bool fits = true;
@@ -144,7 +147,7 @@ class Softmax {
             offsets = raise(scores, rescale);
             raised = true;
         }
-        add(scores);
+        add();
         return raised;
     }
 
@@ -232,6 +235,7 @@ class Softmax {
             offsets.row[r] = largest == -INFINITY ? 0.0f : largest;
         }
         if constexpr (kTracking == Tracking::kRunningMax) { largest_ *= threadIdx.x & 1 ? rescale[1] : rescale[0]; }
+        if constexpr (kTracking == Tracking::kMass) { unsure_ = __any_sync(~0u, cannot_tell(0) || cannot_tell(1)); }
         return offsets;
     }
 
@@ -271,19 +275,33 @@ class Softmax {
         });
     }
 
-    // Adds the tile to the rows' sums. For rows of which the rule `mass` cannot tell (no step before, or one that is out of the
-    // range of weights), a block counts for all unless all its scores are -inf.
+    // Looks, before the exponents, at the scores of rows of which the rule `mass` cannot tell: a block counts for all unless all its
+    // scores are -inf.
     template <class Scores>
-    CUTLASS_DEVICE void add(Scores const& scores) {
+    CUTLASS_DEVICE void look(Scores const& scores) {
+        if constexpr (kTracking == Tracking::kMass) {
+            counts_ = ignored_ = 0;
+            if (!unsure_) { return; }
+            for_all([&](int b, int r) {
+                bool nothing = true;
+                CUTLASS_PRAGMA_UNROLL
+                for (int i = 0; i < 16; ++i) { nothing = nothing && scores(score_place(b, i, r)) == -INFINITY; }
+                if (cannot_tell(r)) { (nothing ? ignored_ : counts_) |= 1u << (2 * b + r); }
+            });
+        }
+    }
+
+    // No step before, or a limit out of the range of weights.
+    CUTLASS_DEVICE bool cannot_tell(int r) const { return !(limit_[r] - offset_[r] >= -99.0f); }
+
+    // Adds the tile to the rows' sums.
+    CUTLASS_DEVICE void add() {
         for_all([&](int b, int r) { sum_[r] += mass_[b][r]; });
         if constexpr (kTracking == Tracking::kMass) {
-            bool const unsure[2] = {!(limit_[0] - offset_[0] >= -99.0f), !(limit_[1] - offset_[1] >= -99.0f)};
-            if (__any_sync(~0u, unsure[0] || unsure[1])) {
+            if (unsure_) {
                 for_all([&](int b, int r) {
-                    bool nothing = true;
-                    CUTLASS_PRAGMA_UNROLL
-                    for (int i = 0; i < 16; ++i) { nothing = nothing && scores(score_place(b, i, r)) == -INFINITY; }
-                    if (unsure[r]) { mass_[b][r] = nothing ? 0.0f : INFINITY; }
+                    if (counts_ >> (2 * b + r) & 1) { mass_[b][r] = INFINITY; }
+                    if (ignored_ >> (2 * b + r) & 1) { mass_[b][r] = 0.0f; }
                 });
             }
         }
@@ -322,6 +340,9 @@ class Softmax {
     float lost_[2];           // what those lost by that
     float mass_[kBlocks][2];  // of this thread's columns in the last tile
     float most_[kBlocks][2];  // largest weight among them
+    bool unsure_;             // whether the rule `mass` cannot tell of some row of the warp
+    uint32_t counts_;         // bits of blocks and such rows in the last tile: it counts for all
+    uint32_t ignored_;        // it counts for nothing
     float limit_[2];          // of the rule: factor of the largest weight before, or log2 of a mass; inf past the end
     float largest_;           // weight in this lane's row before, in units of its offset
 };
