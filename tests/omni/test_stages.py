@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lite_attention.serving.metrics import read_directory
+from tests.omni.conftest import cpu_only
 from tests.omni.test_joint import PICTURE, TEXT, transformer
+
+pytestmark = cpu_only
 
 PIXELS = (1, 16, 1, 20, 16)
 
