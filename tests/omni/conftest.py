@@ -84,14 +84,26 @@ class Engine:
             )
             name = f"job-{number}"
             if abort == number:
-                asyncio.get_running_loop().call_later(0.05, lambda: asyncio.ensure_future(self.omni.abort(name)))
+                task = asyncio.current_task()
+
+                async def end() -> None:
+                    await self.omni.abort(name)
+                    if OLD and task is not None:
+                        task.cancel()  # who was aborted hears nothing any more in 0.26
+
+                asyncio.get_running_loop().call_later(0.05, lambda: asyncio.ensure_future(end()))
             last = None
             async for output in self.omni.generate({"prompt": "a cat"}, params, request_id=name):
                 last = output
             return last
 
         async def all_jobs() -> list[Any]:
-            return await asyncio.gather(*(one(*item) for item in enumerate(jobs)), return_exceptions=True)
+            results = await asyncio.gather(*(one(*item) for item in enumerate(jobs)), return_exceptions=True)
+            for number, result in enumerate(results):
+                # Two threads of a worker of 0.26 write to one queue: it may lose an output that is there at once.
+                if OLD and isinstance(result, Exception) and not hasattr(result, "status_code"):
+                    (results[number],) = await asyncio.gather(one(number, jobs[number]), return_exceptions=True)
+            return results
 
         return self.loop.run_until_complete(asyncio.wait_for(all_jobs(), 120))
 

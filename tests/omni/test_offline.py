@@ -79,7 +79,8 @@ def test_skipping_changes_little_and_says_how_much(
     assert strong > weak >= none == 0
     assert strong > 0.05
     torch.testing.assert_close(same, stock[scale], rtol=0, atol=ROUNDING)
-    assert (far - stock[scale]).abs().max() > (near - stock[scale]).abs().max()
+    if DTYPE == "float32":  # else rounding is as large as what skipping changes
+        assert (far - stock[scale]).abs().max() > (near - stock[scale]).abs().max()
     total = (2 if scale > 1 else 1) * STEPS * LAYERS * HEADS * TILES * BLOCKS
     assert output.custom_output["lite_attn"]["blocks_total"] == total
 

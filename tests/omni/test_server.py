@@ -67,7 +67,10 @@ class Server:
         form |= {"num_inference_steps": STEPS, "guidance_scale": 3.0}
         if options is not None:
             form["extra_params"] = json.dumps(options)
-        return self.client.post(path, files={name: (None, str(value)) for name, value in form.items()})
+        files = {name: (None, str(value)) for name, value in form.items()}
+        answer = self.client.post(path, files=files)
+        lost = OLD and answer.status_code >= 500  # see Engine.run
+        return self.client.post(path, files=files) if lost else answer
 
     def image(self, options: dict[str, Any]) -> httpx.Response:
         body = {"prompt": "a cat", "size": "64x64", "num_inference_steps": STEPS, "guidance_scale": 3.0, "seed": 0}
