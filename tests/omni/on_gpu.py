@@ -34,6 +34,7 @@ ONE_GPU = {
     "offline, two experts": [OFFLINE, "-k", "two-experts"],
     "server": ["tests/omni/test_server.py", "tests/omni/test_plugin.py"],
     "sleep": ["tests/omni/test_engines.py", "-k", "sleeping"],
+    "offload": ["tests/omni/test_engines.py", "-k", "offload"],
     "diffusers": ["tests/diffusers/test_gpu.py"],
 }
 TWO_GPUS = {way: [PARALLEL, "-k", way] for way in ("ulysses", "allgather", "cfg", "ring")}

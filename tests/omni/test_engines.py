@@ -42,6 +42,19 @@ def test_workers_in_processes_of_their_own_say_and_count_what_was_skipped(engine
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="vLLM-Omni offloads from GPUs")
+def test_offload_changes_nothing(engine: Callable[..., Any]) -> None:
+    found = []
+    for settings in ({}, {"enable_cpu_offload": True}, {"enable_layerwise_offload": True}):
+        with engine(**settings) as running:
+            (output,) = running.run({"lite_attn": STRONG})
+        found.append((latents(output), output.custom_output["lite_attn"]))
+    (want, said), *others = found
+    assert said["sparsity"] > 0.05
+    assert all(torch.equal(video, want) and skipped == said for video, skipped in others)
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="vLLM-Omni's sleep is for GPUs")
 def test_a_sleeping_engine_keeps_no_states(engine: Callable[..., Any]) -> None:
     def state_bytes() -> float:
