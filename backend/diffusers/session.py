@@ -40,6 +40,7 @@ HOOK = "lite_attention"
 """Our name in the hook registries of diffusers."""
 
 _ATTRIBUTE = "_lite_attention_session"
+"""Of a pipeline, and of its transformers, as long as it is enabled."""
 
 
 def enable(
@@ -347,18 +348,18 @@ class _TorchLayer(_Layer):
             return self.fn_ref.original_forward(*args, **kwargs)
 
 
-class _Transformer(ModelHook):
-    """Around a transformer: which step of which branch it computes.
+class _Transformer:
+    """Follows a transformer: which step of which branch it computes.
+
+    It stays out of diffusers' registry of hooks, which replaces `forward`: CPU offload does so too, at the end of each
+    generation, and the one would throw out the other.
 
     Attributes:
         branch: what the pipeline calls the guidance branch; None if it does not say.
         step: of the generation and the branch, from 0.
     """
 
-    _is_stateful = True
-
     def __init__(self, name: str, module: nn.Module, family: Family, session: _Session) -> None:
-        super().__init__()
         self.module = module
         self.family = family
         self.session = session
@@ -371,6 +372,40 @@ class _Transformer(ModelHook):
         for layer, attention in attentions(module, family).items():
             self.layers[attention] = make(f"{name}.{layer}", self)
         self._mask: tuple[Tensor, int | None] | None = None
+
+    def install(self) -> None:
+        """Follow the module from now on, and compute its long attentions."""
+        module: Any = self.module
+        cache_context, reset_cache = module.cache_context, module._reset_stateful_cache
+
+        @contextmanager
+        def named(name: str) -> Iterator[None]:
+            before, self.branch = self.branch, name
+            try:
+                with cache_context(name):
+                    yield
+            finally:
+                self.branch = before
+
+        def reset(*args: Any, **kwargs: Any) -> None:
+            reset_cache(*args, **kwargs)
+            self.reset_state()
+
+        module.cache_context, module._reset_stateful_cache = named, reset
+        self._handle = module.register_forward_pre_hook(self._begin, with_kwargs=True)
+        setattr(module, _ATTRIBUTE, self.session)
+        for attention, layer in self.layers.items():
+            HookRegistry.check_if_exists_or_initialize(attention).register_hook(layer, HOOK)
+
+    def remove(self) -> None:
+        """The opposite of `install`."""
+        module: Any = self.module
+        for name in ("cache_context", "_reset_stateful_cache", _ATTRIBUTE):
+            delattr(module, name)
+        self._handle.remove()
+        self.reset_state()
+        for attention in self.layers:
+            attention._diffusers_hook.remove_hook(HOOK, recurse=False)  # type: ignore[union-attr,operator]
 
     @property
     def reason(self) -> str | None:
@@ -391,12 +426,8 @@ class _Transformer(ModelHook):
             self._mask = mask, valid_keys(mask)
         return self._mask[1]
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self._begin(args, kwargs)
-        return args, kwargs
-
     @torch.compiler.disable
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.session.follow_scheduler()
         self.step = self.session.steps[self.branch]
         self.session.steps[self.branch] += 1
@@ -406,15 +437,11 @@ class _Transformer(ModelHook):
             text = arguments.get("encoder_hidden_states")
             self.text_tokens = text.shape[1] if isinstance(text, Tensor) else 0
 
-    def _set_context(self, module: nn.Module, name: str | None) -> None:
-        self.branch = name
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
+    def reset_state(self) -> None:
         """The generation is over."""
         self._mask = None
         for layer in self.layers.values():
             layer.attentions.clear()
-        return module
 
 
 class _Session:
@@ -451,7 +478,7 @@ class _Session:
             family = family_of(module) if isinstance(module, nn.Module) else None
             if family is None:
                 continue
-            if HookRegistry.check_if_exists_or_initialize(module).get_hook(HOOK) is not None:
+            if hasattr(module, _ATTRIBUTE):
                 raise ValueError(f"pipeline: expected a {name} of its own, got one that is enabled in another pipeline")
             found.append(_Transformer(name, module, family, self))
         if not found:
@@ -461,19 +488,14 @@ class _Session:
 
     def install(self) -> None:
         for transformer in self.transformers:
-            HookRegistry.check_if_exists_or_initialize(transformer.module).register_hook(transformer, HOOK)
-            for module, layer in transformer.layers.items():
-                HookRegistry.check_if_exists_or_initialize(module).register_hook(layer, HOOK)
+            transformer.install()
         self.follow_scheduler()
         setattr(self.pipeline, _ATTRIBUTE, self)
         torch.compiler.reset()
 
     def remove(self) -> None:
         for transformer in self.transformers:
-            transformer.module._diffusers_hook.remove_hook(HOOK, recurse=False)  # type: ignore[union-attr,operator]
-            transformer.reset_state(transformer.module)
-            for module in transformer.layers:
-                module._diffusers_hook.remove_hook(HOOK, recurse=False)  # type: ignore[union-attr,operator]
+            transformer.remove()
         self._leave_scheduler()
         delattr(self.pipeline, _ATTRIBUTE)
         torch.compiler.reset()
@@ -507,7 +529,7 @@ class _Session:
         self.steps.clear()
         self.report.clear()
         for transformer in self.transformers:
-            transformer.reset_state(transformer.module)
+            transformer.reset_state()
 
     def dense(self, reason: str) -> None:
         """Attention is dense where skipping was asked for; said once a generation in the report, once in the log."""

@@ -301,24 +301,23 @@ def _attach(pipeline: Any) -> Census | None:
 
     if getattr(pipeline, _ATTACHED, False):
         return None
-    for module in pipeline.modules():
-        family = family_of(module)
-        if family is None:
-            continue
-        _hook(module, family)
-        for name, attention in module.named_modules():
-            layer = _implementation(attention)
-            if layer is not None and family.layers.fullmatch(name):
-                layer.is_long = True
+    long: set[LiteAttentionImpl] = set()
+    for transformer in pipeline.modules():
+        family = family_of(transformer)
+        if family is not None:
+            _hook(transformer, family)
+            layers = {name: _implementation(module) for name, module in transformer.named_modules()}
+            long |= {layer for name, layer in layers.items() if layer is not None and family.layers.fullmatch(name)}
+    if not long:
+        say_once(f"{type(pipeline).__name__} has no transformer that it knows")
     census: Census = {}
     for module in pipeline.modules():
         layer = _implementation(module)
         if layer is not None:
+            layer.is_long = layer in long
             census[layer] = layer.reason if layer.is_long else "no long self-attention of a transformer that it knows"
         elif isinstance(module, Attention):
             census[module] = "another backend was asked for"
-    if not any(layer.is_long for layer in map(_implementation, pipeline.modules()) if layer is not None):
-        say_once(f"{type(pipeline).__name__} has no transformer that it knows")
     setattr(pipeline, _ATTACHED, True)
     return census
 

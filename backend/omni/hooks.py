@@ -3,7 +3,10 @@
 | wrapped | what for |
 |---|---|
 | `DiffusionModelRunner.execute_model`, `.execute_model_batch` | which requests are executed, HTTP 400 for bad options |
+| `DiffusionWorker.sleep` | no memory of skip states is kept in a sleeping engine |
 | `DiffusionEngine.postprocess_output` | outputs say their sparsity |
+
+Layers are made in workers. Where the engine is another process, its part comes with the first output (`_Skipped`).
 
 A wrapped attribute that is missing fails at start-up. Nothing that a client sends raises in a worker: a bad option is
 answered by an output that carries the error.
@@ -17,6 +20,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lite_attention.backend.omni.execution import Request, executing, uses_lite_attention
@@ -26,7 +30,7 @@ from lite_attention.backend.wrapping import wrap
 from lite_attention.serving import metrics
 from lite_attention.serving.params import DenoiseOptions, DenoiseServerOptions, LiteParamError, parse_denoise_request
 
-TESTED_VERSIONS = ("0.30",)
+TESTED_VERSIONS = ("0.26", "0.30")
 """Minor releases of vLLM-Omni that this adapter was run on."""
 
 _DUMMY = DenoiseOptions(threshold=0.0, enable=False, refresh_interval=0, warmup_steps=0, cooldown_steps=0)
@@ -65,7 +69,7 @@ def _server_options(config: Any) -> DenoiseServerOptions:
 
 
 def install(config: Any) -> None:
-    """Wrap this process's runner and engine, and check the server's options. Idempotent.
+    """Wrap a worker's process, and check the server's options. Idempotent.
 
     Args:
         config: vLLM-Omni's configuration of a diffusion stage; None where there is none.
@@ -75,15 +79,27 @@ def install(config: Any) -> None:
         RuntimeError: this vLLM-Omni lacks what is to be wrapped.
     """
     _server_options(config)
-    from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
     from vllm_omni.diffusion.worker.diffusion_model_runner import DiffusionModelRunner
+    from vllm_omni.diffusion.worker.diffusion_worker import DiffusionWorker
+
+    _wrap(DiffusionModelRunner, "execute_model", _execute_model)
+    _wrap(DiffusionModelRunner, "execute_model_batch", _execute_model_batch)
+    _wrap(DiffusionWorker, "sleep", _sleep)
+    _install_in_engine(metrics_directory())
+
+
+def _install_in_engine(directory: Path) -> None:
+    """Wrap the engine's process, whose metrics are what workers count in this directory. Idempotent."""
+    from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
+
+    _wrap(DiffusionEngine, "postprocess_output", _postprocess_output)
+    metrics.register(directory)
+
+
+def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
     from vllm_omni.version import __version__ as version
 
-    engine, tested = f"vLLM-Omni {version}", ", ".join(TESTED_VERSIONS)
-    wrap(DiffusionModelRunner, "execute_model", _execute_model, engine, tested)
-    wrap(DiffusionModelRunner, "execute_model_batch", _execute_model_batch, engine, tested)
-    wrap(DiffusionEngine, "postprocess_output", _postprocess_output, engine, tested)
-    metrics.register(metrics_directory())
+    wrap(owner, name, wrapper, f"vLLM-Omni {version}", ", ".join(TESTED_VERSIONS))
 
 
 def _parse(request: Any, server: DenoiseServerOptions) -> Request:
@@ -161,7 +177,23 @@ def _finish(stage: _Stage, request: Request, output: Any) -> None:
     if request.total:
         stage.counters.add_rows(request.options.threshold, request.rows, visited, request.total)
     sparsity = 1 - visited / request.total if request.total else None
-    output.lite_attn = {"sparsity": sparsity, "blocks_visited": visited, "blocks_total": request.total}
+    output.lite_attn = _Skipped(sparsity=sparsity, blocks_visited=visited, blocks_total=request.total)
+
+
+class _Skipped(dict[str, Any]):
+    """What a request skipped, on the way from its worker to the engine.
+
+    An engine in another process than its worker makes no layer, so nothing installs our part there. This does, when
+    it is unpickled.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (dict(self), metrics_directory())
+
+
+def _received(skipped: dict[str, Any], directory: Path) -> dict[str, Any]:
+    _install_in_engine(directory)
+    return skipped
 
 
 def _postprocess_output(original: Callable[..., Any], self: Any, request: Any, output: Any) -> Any:
@@ -169,5 +201,12 @@ def _postprocess_output(original: Callable[..., Any], self: Any, request: Any, o
     skipped = getattr(output, "lite_attn", None)
     if skipped is not None:
         for result in results:
-            result.custom_output["lite_attn"] = skipped
+            result.custom_output["lite_attn"] = dict(skipped)
     return results
+
+
+def _sleep(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    stage: _Stage | None = getattr(self.model_runner, "lite_attn_stage", None)
+    if stage is not None:
+        stage.pool.trim()  # no request is executed, so nothing is in use
+    return original(self, *args, **kwargs)

@@ -185,6 +185,32 @@ def test_rows_of_a_batch_may_have_thresholds_of_their_own(pipeline: Any) -> None
     torch.testing.assert_close(together[1:], run(slice(1, 2), -math.inf), rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.parametrize("offload_first", [True, False])
+def test_cpu_offload_and_skipping_leave_each_other_alone(generate: Generate, offload_first: bool) -> None:
+    pytest.importorskip("accelerate")
+
+    def run(pipeline: Any) -> tuple[list[Tensor], Tensor]:
+        videos = [generate(pipeline, seed=seed) for seed in (1, 2)]  # offload is put on anew after each generation
+        return videos, pipeline._lite_attention_session.report.sparsity("cond")
+
+    pipeline = make_pipeline(1)
+    stock = generate(pipeline)
+    enable(pipeline, threshold=-1.0)
+    want, share = run(pipeline)
+    disable(pipeline)
+    if offload_first:
+        pipeline.enable_model_cpu_offload(device="cpu")
+    enable(pipeline, threshold=-1.0)
+    if not offload_first:
+        pipeline.enable_model_cpu_offload(device="cpu")
+    got, again = run(pipeline)
+    assert all(map(torch.equal, got, want))
+    assert torch.equal(again, share)
+    disable(pipeline)
+    assert torch.equal(generate(pipeline), stock)
+    assert hasattr(pipeline.transformer, "_hf_hook")
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_transformers_skip_alike(pipeline: Any, generate: Generate) -> None:
     enable(pipeline, threshold=-1.0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.machinery
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +16,14 @@ import torch
 
 
 @functools.cache
-def prepare() -> torch.library.Library:
-    """Make `vllm_omni` importable here, and its platform the CPU. Keep what it returns."""
-    sys.path.append(str(Path(__file__).with_name("plugin")))  # an entry point names the platform
+def prepare() -> torch.library.Library | None:
+    """Make `vllm_omni` importable here, and the CPU its platform; nothing where a GPU is. Keep what it returns."""
+    if torch.cuda.is_available():
+        return None
+    plugin = str(Path(__file__).with_name("plugin"))
+    sys.path.append(plugin)  # an entry point names the platform
+    # Processes to come load sitecustomize.py there.
+    os.environ["PYTHONPATH"] = os.pathsep.join((plugin, str(Path(__file__).parents[2])))
     for name in ("torchaudio", "torchaudio.functional"):
         module = sys.modules[name] = ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)

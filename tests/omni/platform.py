@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from vllm.platforms.cpu import CpuPlatform
+from vllm_omni.diffusion import ipc
 from vllm_omni.platforms.interface import OmniPlatform, OmniPlatformEnum
 
 
@@ -26,6 +27,7 @@ class CpuOmniPlatform(OmniPlatform, CpuPlatform):  # type: ignore[misc]
         from vllm_omni.diffusion.attention.backends.registry import DiffusionAttentionBackendEnum
 
         AttentionImpl.forward = _forward
+        ipc._tensor_to_shm = _to_shared_memory
         name = (selected_backend or "TORCH_SDPA").upper()
         cls.validate_diffusion_attn_backend(name)
         return str(DiffusionAttentionBackendEnum[name].get_path())
@@ -63,6 +65,14 @@ class CpuOmniPlatform(OmniPlatform, CpuPlatform):  # type: ignore[misc]
     @classmethod
     def supports_torch_inductor(cls) -> bool:
         return True
+
+
+_stock_to_shared_memory = ipc._tensor_to_shm
+
+
+def _to_shared_memory(tensor: torch.Tensor, d2h_stream: Any = None, **others: Any) -> Any:
+    # On a stream the stock one copies by way of pinned memory, which only accelerators have.
+    return _stock_to_shared_memory(tensor, **others)
 
 
 def _forward(self: Any, *args: Any) -> torch.Tensor:

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lite_attention.serving.params import DenoiseOptions
+from tests.omni.conftest import cpu_only
 from tests.omni.cpu import prepare
+
+pytestmark = cpu_only
 
 TEXT, GRID = 70, (1, 20, 16)
 PICTURE = 320

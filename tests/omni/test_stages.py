@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lite_attention.serving.metrics import read_directory
+from tests.omni.conftest import cpu_only
 from tests.omni.test_joint import PICTURE, TEXT, transformer
+
+pytestmark = cpu_only
 
 PIXELS = (1, 16, 1, 20, 16)
 
@@ -72,6 +78,53 @@ def test_stages_have_their_own_options_counters_and_memory(directory: Path) -> N
     gc.collect()
     read = read_directory(directory)
     assert (read.slots, read.state_bytes, read.rows.sum()) == (1, pools[0].memory_bytes, 5)
+
+
+def test_sleep_empties_the_memory_of_states(directory: Path) -> None:
+    from lite_attention.backend.omni import hooks
+
+    stage = runner(long())
+    execute(stage)
+    assert read_directory(directory).state_bytes > 0
+    seen = []
+
+    def original(self: Any, level: int) -> int:
+        seen.append(read_directory(directory).state_bytes)
+        return level
+
+    worker = SimpleNamespace(model_runner=stage)
+    assert hooks._sleep(original, worker, level=1) == 1
+    assert seen == [0]
+    execute(stage)
+    assert read_directory(directory).state_bytes > 0
+    assert hooks._sleep(original, SimpleNamespace(model_runner=runner(nn.ModuleDict())), level=1) == 1
+
+
+def test_an_engine_in_another_process_says_and_counts_what_was_skipped(directory: Path) -> None:
+    # It makes no layer: all it knows of us is what a worker sends.
+    stage = runner(long())
+    output = execute(stage)
+    engine = """
+import pickle, sys
+from types import SimpleNamespace
+from tests.omni.cpu import prepare
+operators = prepare()
+from prometheus_client import REGISTRY
+from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
+result = SimpleNamespace(custom_output={})
+DiffusionEngine.postprocess_output = lambda self, request, output: [result]
+assert "lite_attention.backend.omni.hooks" not in sys.modules
+output = pickle.loads(sys.stdin.buffer.read())
+DiffusionEngine.postprocess_output(None, None, output)
+print(result.custom_output["lite_attn"])
+print(REGISTRY.get_sample_value("lite_attn_blocks_total", {"threshold": "-8"}))
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", engine], input=pickle.dumps(output), capture_output=True, cwd=root)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    said, counted = done.stdout.decode().splitlines()[-2:]
+    assert said == str(dict(output.lite_attn)) and output.lite_attn["blocks_total"] > 0
+    assert float(counted) == output.lite_attn["blocks_total"]
 
 
 def test_a_stage_without_our_layers_is_left_alone(directory: Path) -> None:

@@ -10,6 +10,8 @@ import torch
 HEIGHT, WIDTH, FRAMES, STEPS = 256, 128, 9, 6
 """A video of 384 tokens: 3 tiles of queries, 6 blocks of keys."""
 
+HEADS, HEAD_DIM, LAYERS = 2, 128 if torch.cuda.is_available() else 24, 2
+
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz ,.:0123456789"
 
 
@@ -21,15 +23,15 @@ def _transformer(seed: int) -> Any:
     torch.manual_seed(seed)
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=24,
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_DIM,
         in_channels=16,
         out_channels=16,
         text_dim=32,
         freq_dim=32,
         ffn_dim=48,
-        num_layers=2,
-        rope_max_seq_len=32,
+        num_layers=LAYERS,
+        rope_max_seq_len=64,
     )
     return sharpen(transformer)
 
