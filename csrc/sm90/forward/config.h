@@ -46,7 +46,7 @@ struct Config {
     // Warpgroups that compute, 64 queries each. The more there are, the better they hide what each waits for, and the more queries
     // a fetched block serves; registers and a row of the mask, which is two warpgroups', set the limit. More than two work on
     // several rows of the mask side by side, so that all must visit the same.
-    static constexpr int kConsumers = kTracking != Tracking::kNone || kHeadDim > 128 ? 2 : kHeadDim > 64 ? 3 : 4;
+    static constexpr int kConsumers = kTracking != Tracking::kNone ? 2 : kHeadDim <= 64 ? 4 : kHeadDim == 128 ? 3 : 2;
     static constexpr bool kWide = kConsumers > 2;
     static constexpr int kRows = kConsumers * 64;
     static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;

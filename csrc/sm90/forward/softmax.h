@@ -282,10 +282,13 @@ class Softmax {
         if constexpr (kTracking == Tracking::kMass) {
             counts_ = ignored_ = 0;
             if (!unsure_) { return; }
+            // Not a constant to the compiler, which would compare every score before it knows whether that is asked for.
+            float hidden;
+            asm volatile("mov.b32 %0, 0xff800000;" : "=f"(hidden));
             for_all([&](int b, int r) {
                 bool nothing = true;
                 CUTLASS_PRAGMA_UNROLL
-                for (int i = 0; i < 16; ++i) { nothing = nothing && scores(score_place(b, i, r)) == -INFINITY; }
+                for (int i = 0; i < 16; ++i) { nothing = nothing && scores(score_place(b, i, r)) == hidden; }
                 if (cannot_tell(r)) { (nothing ? ignored_ : counts_) |= 1u << (2 * b + r); }
             });
         }
