@@ -147,4 +147,18 @@ inline Vec exp2(Vec x) {
     return tiny ? splat(0.0f) : y;
 }
 
+// log2(2**a + 2**b), where at least one of them is finite; absolute error below 1e-6.
+inline Vec log2_of_sum(Vec a, Vec b) {
+    const Vec larger = max(a, b), x = exp2((a > b ? b : a) - larger);
+    Vec y = splat(-1.2370623648166656e-2f);
+    y = y * x + 6.378752738237381e-2f;
+    y = y * x - 1.5559986233711243e-1f;
+    y = y * x + 2.561796307563782e-1f;
+    y = y * x - 3.534546494483948e-1f;
+    y = y * x + 4.800737500190735e-1f;
+    y = y * x - 7.213107347488403e-1f;
+    y = y * x + 1.4426947832107544f;
+    return larger + y * x;
+}
+
 }  // namespace lite_attention::LITE_ISA
