@@ -55,7 +55,7 @@ class Case:
         self.table = torch.randperm(pages, device=DEVICE).view(rows, -1).int()
         self.lengths = torch.full((rows,), tokens, dtype=torch.int32, device=DEVICE)
         self.summaries = torch.zeros(ops.summaries_shape(self.key), dtype=torch.uint8, device=DEVICE)
-        self.summaries[..., 2 * HEAD_DIM :] = torch.full((2,), math.nan, device=DEVICE).view(torch.uint8)
+        self.summaries[..., 3 * HEAD_DIM :] = torch.full((4,), math.nan, device=DEVICE).view(torch.uint8)
         self.out = torch.empty_like(self.query)
 
     def flash(self) -> Callable[[], Any]:

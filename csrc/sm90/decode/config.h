@@ -34,10 +34,6 @@ struct Config {
     // Warps that list what to visit, each a unit of work of its own. One more, and the consumers had 40 registers less.
     static constexpr int kPlanners = 3;
     static constexpr int kThreads = (kConsumers + kPlanners + 1) * kWarp;
-    // The kernel that estimates: warps of a thread block, and thread blocks that a multiprocessor has registers for.
-    static constexpr int kEstimators = 8;
-    static constexpr int kEstimateBlocks = kHeadDim * kHeadTiles <= 128 ? 2 : 1;
-
     // Channels whose sums over the warps are taken at a time.
     static constexpr int kSlice = kPlane;
     // A row of queries in shared memory: the padding spreads the heads over the banks.
