@@ -78,7 +78,7 @@ CUTLASS_DEVICE void estimate_segment(
     Workspace const& workspace = params.workspace;
     int const lane = threadIdx.x % kWarp;
     int const blocks_of_page = call.page_size / kDecodeBlock;
-    int const first_block = place.segment * kSegmentBlocks;
+    int const first_block = place.number * kSegmentBlocks;
     int const end = min(place.blocks, first_block + kSegmentBlocks);
     auto page_of = [&](int block) { return call.block_table[place.row * call.block_table_stride + block / blocks_of_page]; };
 
@@ -172,7 +172,8 @@ CUTLASS_DEVICE void estimate_segment(
         expected_sum[tile][1].join_lanes(4, kWarp);
         int const head = tile * kHeadTile + lane * 2;
         if (lane < 4 && head < workspace.heads) {
-            *reinterpret_cast<float2*>(workspace.expected + place.part * workspace.heads + head) = {
+            *reinterpret_cast<float2*>(
+                workspace.expected + (place.pair * workspace.segments + place.number) * workspace.heads + head) = {
                 expected_sum[tile][0].log2(), expected_sum[tile][1].log2()};
         }
     }
@@ -190,7 +191,9 @@ __global__ void __launch_bounds__(EstimateStorage<Config>::kWarps * kWarp, 1)
     for (int i = first; i < call.rows * call.kv_heads; i += gridDim.x * blockDim.x) { params.workspace.ended[i] = 0; }
     if (first == 0) { *params.workspace.drawn = 0; }
 
-    number_units(call, shared.first_unit, [&](int row) { return tracks(call, row) && !call.visit_all[row]; });
+    number_units(call, shared.first_unit, [&](int row) {
+        return visits_everything(call, row) ? 0 : segments_of(call.seq_lens[row]);
+    });
     int const units = shared.first_unit[call.rows];
     constexpr int kWarps = EstimateStorage<Config>::kWarps;
     auto& of_warp = shared.of_warp[threadIdx.x / kWarp];
@@ -198,7 +201,7 @@ __global__ void __launch_bounds__(EstimateStorage<Config>::kWarps * kWarp, 1)
     fetcher.init();
     // Neighbouring warps have neighbouring key heads, whose summaries lie side by side.
     for (int index = blockIdx.x * kWarps + threadIdx.x / kWarp; index < units; index += gridDim.x * kWarps) {
-        Place const place(call, params.workspace, shared.first_unit, index);
+        Place const place(call, shared.first_unit, index);
         estimate_segment<Config>(params, of_warp, fetcher, place);
     }
 }
