@@ -55,11 +55,11 @@ struct Unit {
     int64_t base;      // into the scratch arrays indexed by block
 };
 
-// What summaries say of the scores of kCount blocks: the outlier's; log2 of the others' mass if all had their mean; the
-// variance of the others'.
+// What summaries say of the scores of kCount blocks: the outlier's; the others' mean; the variance of the others'. Each is
+// the sum of four numbers.
 template <int kCount>
 struct Moments {
-    float outlier[kCount], mean[kCount], variance[kCount];
+    float outlier[4 * kCount], mean[4 * kCount], variance[4 * kCount];
 };
 
 template <typename T>
@@ -186,30 +186,30 @@ class Decode {
     template <int H>
     void estimate(const Unit& u, const Span& s, int chunk, int first) {
         Moments<kScoreChunk> m[H];
-        for (int h = 0; h < H; ++h) {
-            std::fill_n(m[h].outlier, kScoreChunk, -kInf);
-            std::fill_n(m[h].mean, kScoreChunk, -kInf);
-            std::fill_n(m[h].variance, kScoreChunk, 0.0f);
-        }
-        for (int b = s.begin; b < s.end; ++b) {
-            if (forced(u, b))
-                exact_mass<H>(u, b, first, m, b - s.begin);
+        const int count = s.end - s.begin;
+        for (int b = 0; b < count; ++b) {
+            if (forced(u, s.begin + b))
+                exact_mass<H>(u, s.begin + b, first, m, b);
             else
-                moments<H>(u, b, first, m, b - s.begin);
+                moments<H>(u, s.begin + b, first, m, b);
         }
+        for (int h = 0; h < H; ++h)  // what does not exist weighs nothing
+            for (int b = count; b % kLanes != 0; ++b) put_moments(m[h], b, Quarter{-kInf}, Quarter{-kInf}, Quarter{});
         for (int h = 0; h < H; ++h) {
             Vec outlier[kScoreChunk / kLanes], others[kScoreChunk / kLanes], largest = splat(-kInf), total = splat(0);
-            for (int i = 0; i < kScoreChunk / kLanes; ++i) {
-                const Vec mean = load(m[h].mean + i * kLanes), variance = load(m[h].variance + i * kLanes);
-                outlier[i] = load(m[h].outlier + i * kLanes);
+            const int vectors = ceil_div(count, kLanes);
+            for (int i = 0; i < vectors; ++i) {
+                const int place = 4 * i * kLanes;
+                const Vec mean = sum_fours(m[h].mean + place) + kLog2Others, variance = sum_fours(m[h].variance + place);
+                outlier[i] = sum_fours(m[h].outlier + place);
                 others[i] = mean + spread(variance, kExpectedBend);
                 largest = max(largest, max(outlier[i], others[i]));
                 const Vec may = log2_of_sum(outlier[i], mean + spread(variance, kGenerousBend));
-                for (int b = i * kLanes; b < std::min((i + 1) * kLanes, s.end - s.begin); ++b)
+                for (int b = i * kLanes; b < std::min((i + 1) * kLanes, count); ++b)
                     generous[(u.base + s.begin + b) * group + first + h] = may[b - i * kLanes];
             }
             const float most = max(largest);
-            for (int i = 0; i < kScoreChunk / kLanes; ++i) total += exp2(outlier[i] - most) + exp2(others[i] - most);
+            for (int i = 0; i < vectors; ++i) total += exp2(outlier[i] - most) + exp2(others[i] - most);
             chunk_mass[chunk * group + first + h] = most + std::log2(sum(total));
         }
     }
@@ -226,8 +226,15 @@ class Decode {
         scores<H>(u, block, queries_of(u) + first * p.head_dim, s);
         for (int h = 0; h < H; ++h) {
             const float m = max(s[h]);
-            result[h].mean[place] = m + std::log2(sum(exp2(s[h] - m)));
+            const float mass = m + std::log2(sum(exp2(s[h] - m)));
+            put_moments(result[h], place, Quarter{-kInf}, Quarter{mass - kLog2Others}, Quarter{});
         }
+    }
+
+    static void put_moments(Moments<kScoreChunk>& moments, int place, Quarter outlier, Quarter mean, Quarter variance) {
+        std::memcpy(moments.outlier + 4 * place, &outlier, sizeof outlier);
+        std::memcpy(moments.mean + 4 * place, &mean, sizeof mean);
+        std::memcpy(moments.variance + 4 * place, &variance, sizeof variance);
     }
 
     // By its summary.
@@ -254,11 +261,9 @@ class Decode {
                 square[h] += of_channel * of_channel;
             }
         }
-        for (int h = 0; h < H; ++h) {
-            result[h].outlier[place] = sum(outlier[h]) * scales[0];
-            result[h].mean[place] = kLog2Others + sum(mean[h]) * scales[1];
-            result[h].variance[place] = sum(square[h]) * (scales[2] * scales[2]);
-        }
+        for (int h = 0; h < H; ++h)
+            put_moments(result[h], place, fold(outlier[h]) * scales[0], fold(mean[h]) * scales[1],
+                        fold(square[h]) * (scales[2] * scales[2]));
     }
 
     void plan_parts() {
