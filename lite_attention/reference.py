@@ -158,10 +158,10 @@ def _kept_by_mass(scores: dict[int, Tensor], lse_before: Tensor, threshold: floa
 def summarize(key_cache: Tensor, slot_mapping: Tensor, summaries: Tensor) -> None:
     """Write the summary of every block of the paged cache whose last token was written in this step.
 
-    A summary keeps the block's outlier, the key that is farthest from their mean, as it is, and of the other keys the
-    mean and the standard deviation for each channel: all in 8 bits a channel with a scale for each of the three. One key
-    that a query looks for is what a mean hides best. Only whole blocks have a summary: `decode` always visits the newest
-    two, so it never asks for that of an unfinished block.
+    A summary keeps the block's outlier, the key that is farthest from their mean, as it is, and of the other keys
+    the mean and the standard deviation for each channel: all in 8 bits a channel with a scale for each of the three.
+    One key that a query looks for is what a mean hides best. Only whole blocks have a summary: `decode` always visits
+    the newest two, so it never asks for that of an unfinished block.
 
     Args:
         key_cache: (pages, page_size, kv_heads, head_dim), any strides; page_size is a multiple of `DECODE_BLOCK`.
@@ -206,18 +206,18 @@ def read_summaries(summaries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 EXPECTED_BEND = 4.0
-"""With this bend the estimates of Gaussian keys, scored with a deviation up to 4, are right on average, within 0.1 nats."""
+"""With it the estimates of Gaussian keys, scored with a deviation up to 4, are right on average, within 0.1 nats."""
 
 GENEROUS_BEND = 8.0
 """Keys are not Gaussian: a block may hold the one key that a query looks for. Missing it costs more than reading it."""
 
 
 def estimate(query: Tensor, summaries: Tensor, bend: float) -> Tensor:
-    """Log2 of the mass of whole blocks: the outlier's own, and the others' if they are Gaussian, independent in each channel.
+    """Log2 of the mass of whole blocks: the outlier's, and the others' if they are Gaussian, independent in each channel.
 
-    With a = softmax scale, n = `DECODE_BLOCK` - 1, A = bend and v = a^2 sum(q^2 deviation^2), in natural units the others
-    have log(n) + a q.mean + A (sqrt(1 + v / A) - 1). For small v the last term is v / 2, as for infinitely many keys;
-    for large v it grows as the largest of n keys does, sqrt(A v).
+    With a = softmax scale, n = `DECODE_BLOCK` - 1, A = bend and v = a^2 sum(q^2 deviation^2), in natural units the
+    others have log(n) + a q.mean + A (sqrt(1 + v / A) - 1). For small v the last term is v / 2, as for infinitely many
+    keys; for large v it grows as the largest of n keys does, sqrt(A v).
 
     Args:
         query: (heads, head_dim), times a * log2(e).
