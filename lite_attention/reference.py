@@ -213,7 +213,7 @@ GENEROUS_BEND = 8.0
 
 
 def estimate(query: Tensor, summaries: Tensor, bend: float) -> Tensor:
-    """Log2 of the mass of whole blocks: the outlier's, and the others' if they are Gaussian, independent in each channel.
+    """Log2 of the mass of whole blocks: the outlier's, and the others' if Gaussian and independent in each channel.
 
     With a = softmax scale, n = `DECODE_BLOCK` - 1, A = bend and v = a^2 sum(q^2 deviation^2), in natural units the
     others have log(n) + a q.mean + A (sqrt(1 + v / A) - 1). For small v the last term is v / 2, as for infinitely many

@@ -53,9 +53,7 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     int const estimate_bytes = static_cast<int>(sizeof(EstimateStorage<Config>) + params.rows * sizeof(int));
     int const attend_bytes = static_cast<int>(sizeof(SharedStorage<Config>) + params.rows * sizeof(int));
     int64_t const units = static_cast<int64_t>(layout.segments) * params.kv_heads * params.rows;
-    auto const thread_blocks = [&](int units_of_each) {
-        return static_cast<unsigned>(std::min<int64_t>((units + units_of_each - 1) / units_of_each, processors()));
-    };
+    auto const thread_blocks = static_cast<unsigned>(std::min<int64_t>(units, processors()));
 
     cudaError_t error =
         cudaFuncSetAttribute(estimate_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, estimate_bytes);
@@ -64,7 +62,7 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     }
     if (error == cudaSuccess) {
         constexpr int kWarps = EstimateStorage<Config>::kWarps;
-        estimate_kernel<Config><<<thread_blocks(kWarps), kWarps * kWarp, estimate_bytes, stream>>>(kernel_params);
+        estimate_kernel<Config><<<thread_blocks, kWarps * kWarp, estimate_bytes, stream>>>(kernel_params);
         error = cudaGetLastError();
     }
     if (error == cudaSuccess) {
@@ -73,7 +71,7 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
         early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         early.val.programmaticStreamSerializationAllowed = 1;
         cudaLaunchConfig_t config{};
-        config.gridDim = thread_blocks(1);
+        config.gridDim = thread_blocks;
         config.blockDim = Config::kThreads;
         config.dynamicSmemBytes = attend_bytes;
         config.stream = stream;

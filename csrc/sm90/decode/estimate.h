@@ -199,8 +199,10 @@ __global__ void __launch_bounds__(EstimateStorage<Config>::kWarps * kWarp, 1)
     auto& of_warp = shared.of_warp[threadIdx.x / kWarp];
     SummaryFetcher<Config> fetcher{of_warp, 3 * call.head_dim + 16};
     fetcher.init();
-    // Neighbouring warps have neighbouring key heads, whose summaries lie side by side.
-    for (int index = blockIdx.x * kWarps + threadIdx.x / kWarp; index < units; index += gridDim.x * kWarps) {
+    // Thread blocks have equally many but for one, and neighbouring warps neighbouring key heads, whose summaries lie side by side.
+    auto first_of = [&](int64_t thread_block) { return static_cast<int>(thread_block * units / gridDim.x); };
+    int const end = first_of(blockIdx.x + 1);
+    for (int index = first_of(blockIdx.x) + threadIdx.x / kWarp; index < end; index += kWarps) {
         Place const place(call, shared.first_unit, index);
         estimate_segment<Config>(params, of_warp, fetcher, place);
     }
