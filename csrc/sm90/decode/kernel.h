@@ -224,12 +224,45 @@ struct Gathered {
     }
 };
 
+// The queries of a unit as second operands. They stay in registers as long as there are enough.
+template <class Config>
+class QueryOperands {
+  public:
+    CUTLASS_DEVICE explicit QueryOperands(Unit<Config> const& unit)
+        : own_(unit.query + threadIdx.x % kWarp / 4 * Config::kQueryRow + threadIdx.x % 4 * 2) {
+        if constexpr (kKept) {
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < Config::kHeadDim / 16; ++i) { kept_[i] = load(0, i); }
+        }
+    }
+
+    // Of eight heads and the i-th 16 channels.
+    CUTLASS_DEVICE uint2 operator()(int tile, int i) const {
+        if constexpr (kKept) {
+            return kept_[i];
+        } else {
+            return load(tile, i);
+        }
+    }
+
+  private:
+    static constexpr bool kKept = Config::kHeadTiles == 1;
+
+    CUTLASS_DEVICE uint2 load(int tile, int i) const {
+        auto const* const at = own_ + tile * kHeadTile * Config::kQueryRow + i * 16;
+        return {*reinterpret_cast<uint32_t const*>(at), *reinterpret_cast<uint32_t const*>(at + 8)};
+    }
+
+    typename Config::Element const* own_;
+    uint2 kept_[kKept ? Config::kHeadDim / 16 : 1];
+};
+
 // Adds a block whose keys and values lie at those addresses of shared memory. `keys`: how many of its keys exist. `masses`:
 // where to note what each head's block weighs, null for nowhere.
 template <class Config>
 CUTLASS_DEVICE void attend(
-    Gathered<Config>& gathered, uint32_t key, uint32_t value, uint32_t const (&query)[Config::kHeadTiles][Config::kHeadDim / 16][2],
-    int keys, float scale_log2, float* masses, int heads) {
+    Gathered<Config>& gathered, uint32_t key, uint32_t value, QueryOperands<Config> const& query, int keys, float scale_log2,
+    float* masses, int heads) {
     using Element = typename Config::Element;
     constexpr int kTiles = Config::kHeadDim / 16;
     constexpr uint32_t kPlaneBytes = kDecodeBlock * kPlane * 2;
@@ -247,7 +280,8 @@ CUTLASS_DEVICE void attend(
         load_matrices(matrices, address(key, lane % 16, i, lane / 16));
         CUTLASS_PRAGMA_UNROLL
         for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
-            mma(scores[tile][i % 2], matrices, query[tile][i][0], query[tile][i][1], Element{});
+            uint2 const of_query = query(tile, i);
+            mma(scores[tile][i % 2], matrices, of_query.x, of_query.y, Element{});
         }
     }
     uint32_t weights[Config::kHeadTiles][2];
@@ -375,7 +409,6 @@ CUTLASS_DEVICE void merge(
 // Attends to what is fetched. Runs in kConsumers warps.
 template <class Config>
 CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& shared, int thread) {
-    constexpr int kTiles = Config::kHeadDim / 16;
     Workspace const& workspace = params.workspace;
     int const heads = workspace.heads;
     int const warp = thread / kWarp;
@@ -394,16 +427,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     for_each_unit(shared, [&](Unit<Config> const& unit) {
         int const blocks = unit.blocks;
 
-        uint32_t query[Config::kHeadTiles][kTiles][2];
-        CUTLASS_PRAGMA_UNROLL
-        for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
-            auto const* const row = unit.query + (tile * kHeadTile + lane / 4) * Config::kQueryRow + lane % 4 * 2;
-            CUTLASS_PRAGMA_UNROLL
-            for (int i = 0; i < kTiles; ++i) {
-                query[tile][i][0] = *reinterpret_cast<uint32_t const*>(row + i * 16);
-                query[tile][i][1] = *reinterpret_cast<uint32_t const*>(row + i * 16 + 8);
-            }
-        }
+        QueryOperands<Config> const query(unit);
         int64_t const pair = static_cast<int64_t>(unit.row) * params.call.kv_heads + unit.kv_head;
         float* const masses = workspace.masses + pair * workspace.words * kWordBlocks * heads;
         Gathered<Config> gathered;
