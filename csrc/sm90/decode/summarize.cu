@@ -13,6 +13,13 @@ constexpr int kMaxPairs = 256 / (2 * kWarp);  // pairs of channels of a lane
 
 __device__ __forceinline__ float add(float a, float b) { return a + b; }
 
+// What ends up in a summary is rounded at each step and summed up in the order of the keys, as the reference does it: compiled
+// with --use_fast_math, operators would divide by approximation and join products and sums.
+__device__ __forceinline__ float2 plus(float2 a, float2 b) { return {__fadd_rn(a.x, b.x), __fadd_rn(a.y, b.y)}; }
+__device__ __forceinline__ float2 minus(float2 a, float2 b) { return {__fsub_rn(a.x, b.x), __fsub_rn(a.y, b.y)}; }
+__device__ __forceinline__ float2 square(float2 a) { return {__fmul_rn(a.x, a.x), __fmul_rn(a.y, a.y)}; }
+__device__ __forceinline__ float2 over(float2 a, float b) { return {__fdiv_rn(a.x, b), __fdiv_rn(a.y, b)}; }
+
 // Two channels of the keys of a block.
 template <class Pair>
 __device__ __forceinline__ void load_channels(float2 (&key)[kDecodeBlock], uint16_t const* first, int64_t token_stride) {
@@ -24,12 +31,8 @@ __device__ __forceinline__ void load_channels(float2 (&key)[kDecodeBlock], uint1
 __device__ __forceinline__ float2 mean_of(float2 const (&key)[kDecodeBlock], int without) {
     float2 sum{};
 #pragma unroll
-    for (int i = 0; i < kDecodeBlock; ++i) {
-        sum.x += i == without ? 0.0f : key[i].x;
-        sum.y += i == without ? 0.0f : key[i].y;
-    }
-    float const count = without < 0 ? kDecodeBlock : kDecodeBlock - 1;
-    return {sum.x / count, sum.y / count};
+    for (int i = 0; i < kDecodeBlock; ++i) { sum = plus(sum, i == without ? float2{} : key[i]); }
+    return over(sum, without < 0 ? kDecodeBlock : kDecodeBlock - 1);
 }
 
 // A warp for each token and key head; those whose token completes no block leave at once.
@@ -58,8 +61,8 @@ __global__ void __launch_bounds__(kWarps * kWarp) summarize_kernel(SummarizePara
         float2 const mean = mean_of(key, -1);
 #pragma unroll
         for (int i = 0; i < kDecodeBlock; ++i) {
-            float2 const off{key[i].x - mean.x, key[i].y - mean.y};
-            distance[i] += off.x * off.x + off.y * off.y;
+            float2 const off = square(minus(key[i], mean));
+            distance[i] += off.x + off.y;
         }
     }
     int outlier = 0;
@@ -86,16 +89,15 @@ __global__ void __launch_bounds__(kWarps * kWarp) summarize_kernel(SummarizePara
         float2 squares{};
 #pragma unroll
         for (int i = 0; i < kDecodeBlock; ++i) {
-            float2 const off{key[i].x - mean.x, key[i].y - mean.y};
             if (i == outlier) {
                 part[0][pair] = key[i];
             } else {
-                squares.x += off.x * off.x;
-                squares.y += off.y * off.y;
+                squares = plus(squares, square(minus(key[i], mean)));
             }
         }
         part[1][pair] = mean;
-        part[2][pair] = {sqrtf(squares.x / (kDecodeBlock - 1)), sqrtf(squares.y / (kDecodeBlock - 1))};
+        float2 const variance = over(squares, kDecodeBlock - 1);
+        part[2][pair] = {__fsqrt_rn(variance.x), __fsqrt_rn(variance.y)};
 #pragma unroll
         for (int i = 0; i < 3; ++i) {
             largest[i] = fmaxf(largest[i], fmaxf(fabsf(part[i][pair].x), fabsf(part[i][pair].y)));
@@ -107,17 +109,16 @@ __global__ void __launch_bounds__(kWarps * kWarp) summarize_kernel(SummarizePara
     float scale[3];
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
-        scale[i] = join_lanes(largest[i], fmaxf) / (i < 2 ? 127.0f : 255.0f);
+        scale[i] = __fdiv_rn(join_lanes(largest[i], fmaxf), i < 2 ? 127.0f : 255.0f);
         float const step = fmaxf(scale[i], FLT_MIN);
 #pragma unroll
         for (int pair = 0; pair < kMaxPairs; ++pair) {
             int const channel = 2 * (pair * kWarp + lane);
             if (channel >= params.head_dim) { continue; }
             // Deviations are not signed, and up to 255.
-            int const low = __float2int_rn(part[i][pair].x / step);
-            int const high = __float2int_rn(part[i][pair].y / step);
+            float2 const steps = over(part[i][pair], step);
             *reinterpret_cast<uchar2*>(summary + i * params.head_dim + channel) = {
-                static_cast<unsigned char>(low), static_cast<unsigned char>(high)};
+                static_cast<unsigned char>(__float2int_rn(steps.x)), static_cast<unsigned char>(__float2int_rn(steps.y))};
         }
     }
     if (lane < 3) {
