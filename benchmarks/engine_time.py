@@ -121,7 +121,7 @@ def force(llm: Any, blocks: int, share: float) -> None:
     mask = pack_bits(bits).view(slots, kv_heads, -1)
     for state in states:
         state.mask.zero_()[..., : mask.shape[2]] = mask
-        state.summaries[..., -8:] = 255  # scales that are no numbers: no estimate passes
+        state.summaries[..., -16:] = 255  # scales that are no numbers: no estimate passes
 
 
 def measure(

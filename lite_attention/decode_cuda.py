@@ -35,7 +35,7 @@ def summarize(key_cache: Tensor, slot_mapping: Tensor, summaries: Tensor) -> Non
 
     Raises:
         TypeError, ValueError, RuntimeError: as `check_supported` says.
-        ValueError: keys whose last dimension is not contiguous, or summaries that are not aligned to 8 bytes.
+        ValueError: keys whose last dimension is not contiguous, or summaries that are not aligned to 16 bytes.
     """
     check_supported(key_cache.dtype, key_cache.shape[3], 1, key_cache.device)
     _check_aligned("key_cache", key_cache)
@@ -137,7 +137,7 @@ def decode_into(
     Raises:
         TypeError, ValueError, RuntimeError: as `check_supported` says.
         ValueError: more than 1,024 rows; a tensor that the copy engine cannot read, with a last dimension that is not
-            contiguous, or data or strides off 16 bytes; summaries off 8 bytes; a workspace that is too small.
+            contiguous, or data or strides off 16 bytes; summaries off 16 bytes; a workspace that is too small.
         RuntimeError: the launch fails.
     """
     rows, heads, head_dim = query.shape
@@ -178,5 +178,5 @@ def _check_aligned(name: str, tensor: Tensor) -> None:
 
 
 def _check_summaries(summaries: Tensor) -> None:
-    if summaries.data_ptr() % 8 or any(stride % 8 for stride in summaries.stride()[:3]):
-        raise ValueError(f"summaries: expected rows aligned to 8 bytes, got strides {summaries.stride()}")
+    if summaries.data_ptr() % 16 or any(stride % 16 for stride in summaries.stride()[:3]):
+        raise ValueError(f"summaries: expected rows aligned to 16 bytes, got strides {summaries.stride()}")

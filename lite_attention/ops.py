@@ -181,7 +181,7 @@ torch.library.register_fake("lite_attention::forward", _checked(_forward_fake), 
 
 def summary_bytes(head_dim: int) -> int:
     """Bytes of the summary of a block and KV head: see `lite_attention.reference.summarize`."""
-    return 2 * head_dim + 8
+    return 3 * head_dim + 16
 
 
 def summaries_shape(key_cache: Tensor) -> tuple[int, int, int, int]:

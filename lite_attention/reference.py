@@ -158,17 +158,18 @@ def _kept_by_mass(scores: dict[int, Tensor], lse_before: Tensor, threshold: floa
 def summarize(key_cache: Tensor, slot_mapping: Tensor, summaries: Tensor) -> None:
     """Write the summary of every block of the paged cache whose last token was written in this step.
 
-    A summary is the mean and the standard deviation of the block's keys for each channel, in 8 bits a channel with
-    a scale for each of the two. Only whole blocks have one: `decode` always visits the newest two, so it never asks
-    for the summary of an unfinished block.
+    A summary keeps the block's outlier, the key that is farthest from their mean, as it is, and of the other keys
+    the mean and the standard deviation for each channel: all in 8 bits a channel with a scale for each of the three.
+    One key that a query looks for is what a mean hides best. Only whole blocks have a summary: `decode` always visits
+    the newest two, so it never asks for that of an unfinished block.
 
     Args:
         key_cache: (pages, page_size, kv_heads, head_dim), any strides; page_size is a multiple of `DECODE_BLOCK`.
         slot_mapping: (tokens,) int64, position in the cache (page * page_size + offset) of each token
             written in this step; -1 is padding.
-        summaries: (pages, kv_heads, page_size / DECODE_BLOCK, 2 * head_dim + 8) uint8, updated in place: head_dim
-            means (signed), head_dim deviations (unsigned), the scale of the means, the scale of the deviations
-            (float32 each).
+        summaries: (pages, kv_heads, page_size / DECODE_BLOCK, 3 * head_dim + 16) uint8, updated in place: the outlier
+            (head_dim, signed), the mean (signed) and the deviation (unsigned) of the others, the scales of the three
+            (float32 each), and four bytes that nobody reads.
     """
     head_dim = key_cache.shape[3]
     blocks_a_page = key_cache.shape[1] // DECODE_BLOCK
@@ -177,49 +178,60 @@ def summarize(key_cache: Tensor, slot_mapping: Tensor, summaries: Tensor) -> Non
             continue
         page, block = divmod(slot // DECODE_BLOCK, blocks_a_page)
         keys = key_cache[page, block * DECODE_BLOCK : (block + 1) * DECODE_BLOCK].float()
-        mean, deviation = keys.mean(0), keys.std(0, correction=0)
-        scales = torch.stack((mean.abs().amax(-1) / 127, deviation.amax(-1) / 255), -1)
-        steps = scales.clamp(min=torch.finfo(torch.float32).tiny)
+        farthest = (keys - keys.mean(0)).square().sum(-1).argmax(0)
+        is_outlier = torch.arange(DECODE_BLOCK)[:, None, None] == farthest[:, None]
+        outlier = keys.masked_fill(~is_outlier, 0).sum(0)
+        mean = keys.masked_fill(is_outlier, 0).sum(0) / (DECODE_BLOCK - 1)
+        squares = (keys - mean).square().masked_fill(is_outlier, 0).sum(0)
+        deviation = (squares / (DECODE_BLOCK - 1)).sqrt()
+        parts = torch.stack((outlier, mean, deviation), 1)
+        scales = parts.abs().amax(-1) / torch.tensor([127, 127, 255])
+        rounded = (parts / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round()
         row = summaries[page, :, block]
-        row[:, :head_dim] = (mean / steps[:, :1]).round().to(torch.int8).view(torch.uint8)
-        row[:, head_dim : 2 * head_dim] = (deviation / steps[:, 1:]).round().to(torch.uint8)
-        row[:, 2 * head_dim :] = scales.view(torch.uint8)
+        row[:, : 2 * head_dim] = rounded[:, :2].flatten(1).to(torch.int8).view(torch.uint8)
+        row[:, 2 * head_dim : 3 * head_dim] = rounded[:, 2].to(torch.uint8)
+        row[:, 3 * head_dim : 3 * head_dim + 12] = scales.view(torch.uint8)
 
 
-def read_summaries(summaries: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation, (..., head_dim) float32 each, of summaries (..., 2 * head_dim + 8)."""
-    head_dim = (summaries.shape[-1] - 8) // 2
-    mean, deviation, scales = summaries.split((head_dim, head_dim, 8), -1)
+def read_summaries(summaries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Outlier, mean and deviation, (..., head_dim) float32 each, of summaries (..., 3 * head_dim + 16)."""
+    head_dim = (summaries.shape[-1] - 16) // 3
+    outlier, mean, deviation, scales, _ = summaries.split((head_dim, head_dim, head_dim, 12, 4), -1)
     scale = scales.contiguous().view(torch.float32)
-    return mean.contiguous().view(torch.int8) * scale[..., :1], deviation * scale[..., 1:]
+    return (
+        outlier.contiguous().view(torch.int8) * scale[..., :1],
+        mean.contiguous().view(torch.int8) * scale[..., 1:2],
+        deviation * scale[..., 2:],
+    )
 
 
-EXPECTED_BEND = 3.1
-"""`estimate` with this bend is the mean log-sum-exp of `DECODE_BLOCK` Gaussian scores, within 0.15 nats."""
+EXPECTED_BEND = 4.0
+"""With it the estimates of Gaussian keys, scored with a deviation up to 4, are right on average, within 0.1 nats."""
 
 GENEROUS_BEND = 8.0
 """Keys are not Gaussian: a block may hold the one key that a query looks for. Missing it costs more than reading it."""
 
 
 def estimate(query: Tensor, summaries: Tensor, bend: float) -> Tensor:
-    """Log2 of the mass that whole blocks have if their keys are Gaussian, independent in each channel.
+    """Log2 of the mass of whole blocks: the outlier's, and the others' if Gaussian and independent in each channel.
 
-    With a = softmax scale, n = `DECODE_BLOCK`, A = bend and v = a^2 sum(q^2 deviation^2), in natural units:
-    log(n) + a q.mean + A (sqrt(1 + v / A) - 1). For small v the last term is v / 2, as for infinitely many keys;
-    for large v it grows as the largest of n keys does, sqrt(A v).
+    With a = softmax scale, n = `DECODE_BLOCK` - 1, A = bend and v = a^2 sum(q^2 deviation^2), in natural units the
+    others have log(n) + a q.mean + A (sqrt(1 + v / A) - 1). For small v the last term is v / 2, as for infinitely many
+    keys; for large v it grows as the largest of n keys does, sqrt(A v).
 
     Args:
         query: (heads, head_dim), times a * log2(e).
-        summaries: (blocks, 2 * head_dim + 8), see `summarize`.
+        summaries: (blocks, 3 * head_dim + 16), see `summarize`.
         bend: A.
 
     Returns:
         (heads, blocks), in the dtype of the query.
     """
-    mean, deviation = (part.to(query.dtype) for part in read_summaries(summaries))
+    outlier, mean, deviation = (part.to(query.dtype) for part in read_summaries(summaries))
     variance = query.square() @ deviation.square().T / LOG2_E**2
     spread = bend * (torch.sqrt(1 + variance / bend) - 1) * LOG2_E
-    return math.log2(DECODE_BLOCK) + query @ mean.T + spread
+    others = math.log2(DECODE_BLOCK - 1) + query @ mean.T + spread
+    return torch.logaddexp2(query @ outlier.T, others)
 
 
 def blocks_to_visit(query: Tensor, summaries: Tensor, mattered: Tensor, read: Tensor, threshold: float) -> Tensor:
@@ -227,7 +239,7 @@ def blocks_to_visit(query: Tensor, summaries: Tensor, mattered: Tensor, read: Te
 
     Args:
         query: (group, head_dim), times softmax scale * log2(e).
-        summaries: (blocks, 2 * head_dim + 8).
+        summaries: (blocks, 3 * head_dim + 16).
         mattered: (blocks,) bool, the mask bits.
         read: (group,) log2 of the exact mass of the first block and the newest two.
         threshold: log2 of a share.

@@ -19,16 +19,16 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kLog2Block = 4;
+constexpr float kLog2Others = 3.9068905956085187f;  // log2(kBlock - 1)
 constexpr int kScoreChunk = 128;  // blocks that a thread scores at a time
 constexpr int kPart = 32;         // visited blocks that a thread attends to at a time
 constexpr size_t kSmallWork = 1024;  // (block, query head) pairs that one thread computes before others wake up
 constexpr int kHeadTile = 4;      // query heads of a group that share a load of K or V
 constexpr int kRecent = 2;        // newest blocks, always visited
-constexpr float kExpectedBend = 3.1f, kGenerousBend = 8;  // of estimates, see lite_attention/reference.py
+constexpr float kExpectedBend = 4, kGenerousBend = 8;  // of estimates, see lite_attention/reference.py
 
 static_assert(kBlock == kLanes, "a block of scores is one vector");
-static_assert(kBlock == 1 << int(kLog2Block));
+static_assert(kBlock - 1 == 15);
 
 // Call a function with the number of heads that share a load, as a constant.
 template <typename F>
@@ -53,6 +53,13 @@ struct Unit {
     int row, kv_head, tokens, blocks, visits, first_chunk, first_part;
     bool dense, all;   // dense: threshold is -inf, state untouched; all: visit all, rewrite the state
     int64_t base;      // into the scratch arrays indexed by block
+};
+
+// What summaries say of the scores of kCount blocks: the outlier's; the others' mean; the variance of the others'. Each is
+// the sum of four numbers.
+template <int kCount>
+struct Moments {
+    float outlier[4 * kCount], mean[4 * kCount], variance[4 * kCount];
 };
 
 template <typename T>
@@ -178,34 +185,32 @@ class Decode {
 
     template <int H>
     void estimate(const Unit& u, const Span& s, int chunk, int first) {
-        float mean[H][kScoreChunk], variance[H][kScoreChunk];
-        for (int h = 0; h < H; ++h) {
-            std::fill_n(mean[h], kScoreChunk, -kInf);
-            std::fill_n(variance[h], kScoreChunk, 0.0f);
+        Moments<kScoreChunk> m[H];
+        const int count = s.end - s.begin;
+        for (int b = 0; b < count; ++b) {
+            if (forced(u, s.begin + b))
+                exact_mass<H>(u, s.begin + b, first, m, b);
+            else
+                moments<H>(u, s.begin + b, first, m, b);
         }
-        for (int b = s.begin; b < s.end; ++b) {
-            float m[H], v[H];
-            if (forced(u, b)) {
-                exact_mass<H>(u, b, first, m);
-                std::fill_n(v, H, 0.0f);
-            } else {
-                moments<H>(u, b, first, m, v);
-            }
-            for (int h = 0; h < H; ++h) mean[h][b - s.begin] = m[h], variance[h][b - s.begin] = v[h];
-        }
+        for (int h = 0; h < H; ++h)  // what does not exist weighs nothing
+            for (int b = count; b % kLanes != 0; ++b) put_moments(m[h], b, Quarter{-kInf}, Quarter{-kInf}, Quarter{});
         for (int h = 0; h < H; ++h) {
-            Vec expected[kScoreChunk / kLanes], largest = splat(-kInf), total = splat(0);
-            for (int i = 0; i < kScoreChunk / kLanes; ++i) {
-                const Vec m = load(mean[h] + i * kLanes), v = load(variance[h] + i * kLanes);
-                expected[i] = m + spread(v, kExpectedBend);
-                largest = max(largest, expected[i]);
-                const Vec may = m + spread(v, kGenerousBend);
-                for (int b = i * kLanes; b < std::min((i + 1) * kLanes, s.end - s.begin); ++b)
+            Vec outlier[kScoreChunk / kLanes], others[kScoreChunk / kLanes], largest = splat(-kInf), total = splat(0);
+            const int vectors = ceil_div(count, kLanes);
+            for (int i = 0; i < vectors; ++i) {
+                const int place = 4 * i * kLanes;
+                const Vec mean = sum_fours(m[h].mean + place) + kLog2Others, variance = sum_fours(m[h].variance + place);
+                outlier[i] = sum_fours(m[h].outlier + place);
+                others[i] = mean + spread(variance, kExpectedBend);
+                largest = max(largest, max(outlier[i], others[i]));
+                const Vec may = log2_of_sum(outlier[i], mean + spread(variance, kGenerousBend));
+                for (int b = i * kLanes; b < std::min((i + 1) * kLanes, count); ++b)
                     generous[(u.base + s.begin + b) * group + first + h] = may[b - i * kLanes];
             }
-            const float m = max(largest);
-            for (const Vec& e : expected) total += exp2(e - m);
-            chunk_mass[chunk * group + first + h] = m + std::log2(sum(total));
+            const float most = max(largest);
+            for (int i = 0; i < vectors; ++i) total += exp2(outlier[i] - most) + exp2(others[i] - most);
+            chunk_mass[chunk * group + first + h] = most + std::log2(sum(total));
         }
     }
 
@@ -214,42 +219,51 @@ class Decode {
         return (sqrt(variance * (1 / (kLog2E * kLog2E * bend)) + 1.0f) - 1.0f) * (bend * kLog2E);
     }
 
+    // Of a block that is visited in any case: all of its mass, as if it were the others'.
     template <int H>
-    void exact_mass(const Unit& u, int block, int first, float* mass) const {
+    void exact_mass(const Unit& u, int block, int first, Moments<kScoreChunk>* result, int place) const {
         Vec s[H];
         scores<H>(u, block, queries_of(u) + first * p.head_dim, s);
         for (int h = 0; h < H; ++h) {
             const float m = max(s[h]);
-            mass[h] = m + std::log2(sum(exp2(s[h] - m)));
+            const float mass = m + std::log2(sum(exp2(s[h] - m)));
+            put_moments(result[h], place, Quarter{-kInf}, Quarter{mass - kLog2Others}, Quarter{});
         }
     }
 
-    // By its summary: log2 of the block's mass if all scores were the mean, and the variance of the scores.
+    static void put_moments(Moments<kScoreChunk>& moments, int place, Quarter outlier, Quarter mean, Quarter variance) {
+        std::memcpy(moments.outlier + 4 * place, &outlier, sizeof outlier);
+        std::memcpy(moments.mean + 4 * place, &mean, sizeof mean);
+        std::memcpy(moments.variance + 4 * place, &variance, sizeof variance);
+    }
+
+    // By its summary.
     template <int H>
-    void moments(const Unit& u, int block, int first, float* mean, float* variance) const {
+    void moments(const Unit& u, int block, int first, Moments<kScoreChunk>* result, int place) const {
         const Summaries& s = p.summaries;
         const int D = p.head_dim;
         const uint8_t* summary = s.data + page_of(u, block) * s.page + u.kv_head * s.head +
                                  block % blocks_a_page * s.block;
-        const int8_t* means = reinterpret_cast<const int8_t*>(summary);
-        const uint8_t* deviations = summary + D;
-        float scales[2];
-        std::memcpy(scales, summary + 2 * D, sizeof scales);
+        const int8_t* outliers = reinterpret_cast<const int8_t*>(summary);
+        const int8_t* means = outliers + D;
+        const uint8_t* deviations = summary + 2 * D;
+        float scales[3];
+        std::memcpy(scales, summary + 3 * D, sizeof scales);
         const float* q = queries_of(u) + first * D;
-        Vec linear[H], square[H];
-        for (int h = 0; h < H; ++h) linear[h] = square[h] = splat(0);
+        Vec outlier[H], mean[H], square[H];
+        for (int h = 0; h < H; ++h) outlier[h] = mean[h] = square[h] = splat(0);
         for (int d = 0; d < D; d += kLanes) {
-            const Vec m = load(means + d), s = load(deviations + d);
+            const Vec o = load(outliers + d), m = load(means + d), s = load(deviations + d);
             for (int h = 0; h < H; ++h) {
                 const Vec qd = load(q + h * D + d), of_channel = qd * s;
-                linear[h] += qd * m;
+                outlier[h] += qd * o;
+                mean[h] += qd * m;
                 square[h] += of_channel * of_channel;
             }
         }
-        for (int h = 0; h < H; ++h) {
-            mean[h] = kLog2Block + sum(linear[h]) * scales[0];
-            variance[h] = sum(square[h]) * (scales[1] * scales[1]);
-        }
+        for (int h = 0; h < H; ++h)
+            put_moments(result[h], place, fold(outlier[h]) * scales[0], fold(mean[h]) * scales[1],
+                        fold(square[h]) * (scales[2] * scales[2]));
     }
 
     void plan_parts() {
@@ -427,27 +441,40 @@ void summarize_blocks(const SummarizeParams& p) {
         const T* key = key_at<T>(p.key, int(page), int(inner) * kBlock, head);
         const Summaries& s = p.summaries;
         uint8_t* summary = s.data + page * s.page + head * s.head + inner * s.block;
-        std::vector<float> mean(p.head_dim), deviation(p.head_dim);
-        float scales[2] = {0, 0};
+        const auto at = [&](int t, int d) { return widen(key[t * p.key.token + d * p.key.dim]); };
+        std::vector<float> total(p.head_dim, 0.0f);
+        float distance[kBlock] = {};
         for (int d = 0; d < p.head_dim; ++d) {
-            float total = 0, squares = 0;
-            for (int t = 0; t < kBlock; ++t) total += widen(key[t * p.key.token + d * p.key.dim]);
-            mean[d] = total / kBlock;
+            for (int t = 0; t < kBlock; ++t) total[d] += at(t, d);
             for (int t = 0; t < kBlock; ++t) {
-                const float off = widen(key[t * p.key.token + d * p.key.dim]) - mean[d];
+                const float off = at(t, d) - total[d] / kBlock;
+                distance[t] += off * off;
+            }
+        }
+        const int farthest = int(std::max_element(distance, distance + kBlock) - distance);
+        std::vector<float> mean(p.head_dim), deviation(p.head_dim);
+        float scales[3] = {0, 0, 0};
+        for (int d = 0; d < p.head_dim; ++d) {
+            float squares = 0;
+            for (int t = 0; t < kBlock; ++t) mean[d] += t == farthest ? 0 : at(t, d);
+            mean[d] /= kBlock - 1;
+            for (int t = 0; t < kBlock; ++t) {
+                const float off = t == farthest ? 0 : at(t, d) - mean[d];
                 squares += off * off;
             }
-            deviation[d] = std::sqrt(squares / kBlock);
-            scales[0] = std::max(scales[0], std::fabs(mean[d]) / 127);
-            scales[1] = std::max(scales[1], deviation[d] / 255);
+            deviation[d] = std::sqrt(squares / (kBlock - 1));
+            scales[0] = std::max(scales[0], std::fabs(at(farthest, d)) / 127);
+            scales[1] = std::max(scales[1], std::fabs(mean[d]) / 127);
+            scales[2] = std::max(scales[2], deviation[d] / 255);
         }
-        constexpr float kTiny = std::numeric_limits<float>::min();
-        const float mean_step = std::max(scales[0], kTiny), deviation_step = std::max(scales[1], kTiny);
+        float steps[3];
+        for (int i = 0; i < 3; ++i) steps[i] = std::max(scales[i], std::numeric_limits<float>::min());
         for (int d = 0; d < p.head_dim; ++d) {
-            summary[d] = uint8_t(int8_t(std::nearbyint(mean[d] / mean_step)));
-            summary[p.head_dim + d] = uint8_t(std::nearbyint(deviation[d] / deviation_step));
+            summary[d] = uint8_t(int8_t(std::nearbyint(at(farthest, d) / steps[0])));
+            summary[p.head_dim + d] = uint8_t(int8_t(std::nearbyint(mean[d] / steps[1])));
+            summary[2 * p.head_dim + d] = uint8_t(std::nearbyint(deviation[d] / steps[2]));
         }
-        std::memcpy(summary + 2 * p.head_dim, scales, sizeof scales);
+        std::memcpy(summary + 3 * p.head_dim, scales, sizeof scales);
     }
 }
 

@@ -109,10 +109,23 @@ inline void put(float16* p, float x) { *p = narrow_fp16(x); }
 typedef float Half __attribute__((vector_size(32)));
 typedef float Quarter __attribute__((vector_size(16)));
 
-inline float sum(Vec v) {
+// Four numbers whose sum is that of all lanes.
+inline Quarter fold(Vec v) {
     const Half half = load_as<Half>(&v) + load_as<Half>((const char*)&v + 32);
-    const Quarter quarter = load_as<Quarter>(&half) + load_as<Quarter>((const char*)&half + 16);
+    return load_as<Quarter>(&half) + load_as<Quarter>((const char*)&half + 16);
+}
+
+inline float sum(Vec v) {
+    const Quarter quarter = fold(v);
     return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+
+// The sums of each four of 64 numbers.
+inline Vec sum_fours(const float* p) {
+    constexpr IVec kEven = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}, kOdd = kEven + 1;
+    const auto pairs = [&](Vec a, Vec b) { return __builtin_shuffle(a, b, kEven) + __builtin_shuffle(a, b, kOdd); };
+    const Vec low = pairs(load(p), load(p + kLanes)), high = pairs(load(p + 2 * kLanes), load(p + 3 * kLanes));
+    return pairs(low, high);
 }
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
@@ -145,6 +158,20 @@ inline Vec exp2(Vec x) {
     y = y * f + 1.0f;
     y = (Vec)((IVec)y + (whole << 23));
     return tiny ? splat(0.0f) : y;
+}
+
+// log2(2**a + 2**b), where at least one of them is finite; absolute error below 1e-6.
+inline Vec log2_of_sum(Vec a, Vec b) {
+    const Vec larger = max(a, b), x = exp2((a > b ? b : a) - larger);
+    Vec y = splat(-1.2370623648166656e-2f);
+    y = y * x + 6.378752738237381e-2f;
+    y = y * x - 1.5559986233711243e-1f;
+    y = y * x + 2.561796307563782e-1f;
+    y = y * x - 3.534546494483948e-1f;
+    y = y * x + 4.800737500190735e-1f;
+    y = y * x - 7.213107347488403e-1f;
+    y = y * x + 1.4426947832107544f;
+    return larger + y * x;
 }
 
 }  // namespace lite_attention::LITE_ISA

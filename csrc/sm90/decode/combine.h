@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The end of a sequence's key head: whoever attends to its last segment puts all of them together, in their order, and notes in the
+// The end of a sequence's key head: whoever attends to its last unit puts all of them together, in their order, and notes in the
 // state which blocks mattered. Runs in the consumers.
 #pragma once
 
@@ -52,11 +52,12 @@ CUTLASS_DEVICE int update_mask(
 struct Ended {
     int row = -1;  // none
     int kv_head;
+    int units;  // of the sequence's key head
     int length;
     bool tracked;
 };
 
-// Puts together the segments of the sequence's key head of which the unit was the last.
+// Puts together the units of the sequence's key head of which this was the last.
 template <class Config>
 CUTLASS_DEVICE void combine(KernelParams const& params, Ended const& unit, int thread) {
     using Element = typename Config::Element;
@@ -67,10 +68,9 @@ CUTLASS_DEVICE void combine(KernelParams const& params, Ended const& unit, int t
     int const heads = workspace.heads;
     int const lane = thread % kWarp;
     int64_t const pair = static_cast<int64_t>(unit.row) * call.kv_heads + unit.kv_head;
-    int const segments = segments_of(unit.length);
     __threadfence();  // what other thread blocks have left is read
     float const* const lses = workspace.lse + pair * workspace.segments * heads;
-    float const lse = sum_segments(lses, segments, heads);
+    float const lse = sum_parts(lses, unit.units, heads);
     if (thread < group) { call.lse[static_cast<int64_t>(unit.row) * call.heads + unit.kv_head * group + thread] = lse * kLn2; }
 
     // A thread has the same pair of heads in all of its channels.
@@ -85,12 +85,12 @@ CUTLASS_DEVICE void combine(KernelParams const& params, Ended const& unit, int t
     for (int item = thread; item < items; item += kThreads) {
         float2 sum{};
 #pragma unroll 8
-        for (int i = 0; i < segments; ++i) {
-            float2 const of_segment = *reinterpret_cast<float2 const*>(lses + i * heads + head);
+        for (int i = 0; i < unit.units; ++i) {
+            float2 const of_unit = *reinterpret_cast<float2 const*>(lses + i * heads + head);
             float2 const part = parts[static_cast<int64_t>(i) * items + item];
-            // A segment of which nothing was visited has left nothing.
-            sum.x += of_segment.x == -INFINITY ? 0.0f : exp2f(of_segment.x - lse_of_heads.x) * part.x;
-            sum.y += of_segment.y == -INFINITY ? 0.0f : exp2f(of_segment.y - lse_of_heads.y) * part.y;
+            // A unit of which nothing was visited has left nothing.
+            sum.x += of_unit.x == -INFINITY ? 0.0f : exp2f(of_unit.x - lse_of_heads.x) * part.x;
+            sum.y += of_unit.y == -INFINITY ? 0.0f : exp2f(of_unit.y - lse_of_heads.y) * part.y;
         }
         int const channel = item / head_pairs;
         if (head < group) { out[channel] = static_cast<Element>(sum.x); }
@@ -108,9 +108,9 @@ CUTLASS_DEVICE void combine(KernelParams const& params, Ended const& unit, int t
     if (lane == 0 && visited > 0) { atomicAdd(&call.visited[unit.row], visited); }
 }
 
-// Counts a segment that a warp has left in the workspace, or several warps before they waited for each other. How many of its
+// Counts a unit that a warp has left in the workspace, or several warps before they waited for each other. How many of its
 // sequence's key head were counted before: who uses the number waits for it.
-CUTLASS_DEVICE uint32_t count_segment(KernelParams const& params, int64_t pair) {
+CUTLASS_DEVICE uint32_t count_unit(KernelParams const& params, int64_t pair) {
     cudaGridDependencySynchronize();  // the counter is zero
     uint32_t before;
     asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(params.workspace.ended + pair) : "memory");

@@ -16,7 +16,10 @@ namespace lite_attention::sm90 {
 
 constexpr int kHeadTile = 8;  // query heads of a matrix product
 constexpr int kPlane = 64;    // channels that lie side by side in shared memory, 128 bytes
-constexpr int kSegmentWords = kSegmentBlocks / kWordBlocks;
+// Segments of a unit of work where a sequence skips: few blocks of each are visited, and a unit costs its thread block some time.
+constexpr int kSkippingSegments = 2;
+constexpr int kUnitBlocks = kSegmentBlocks * kSkippingSegments;  // at most
+constexpr int kUnitWords = kUnitBlocks / kWordBlocks;
 // Blocks that may be listed and not fetched yet when a thread block takes more work: who takes it early may end last.
 constexpr int kBacklog = 192;
 constexpr int kSharedBytes = 227 * 1024;
@@ -34,10 +37,6 @@ struct Config {
     // Warps that list what to visit, each a unit of work of its own. One more, and the consumers had 40 registers less.
     static constexpr int kPlanners = 3;
     static constexpr int kThreads = (kConsumers + kPlanners + 1) * kWarp;
-    // The kernel that estimates: warps of a thread block, and thread blocks that a multiprocessor has registers for.
-    static constexpr int kEstimators = 8;
-    static constexpr int kEstimateBlocks = kHeadDim * kHeadTiles <= 128 ? 2 : 1;
-
     // Channels whose sums over the warps are taken at a time.
     static constexpr int kSlice = kPlane;
     // A row of queries in shared memory: the padding spreads the heads over the banks.
@@ -48,24 +47,26 @@ struct Config {
     static constexpr int kStageElements = kDecodeBlock * kHeadDim;
     static constexpr int kStageBytes = 2 * kStageElements * 2;
     static constexpr int kOtherBytes =
-        kPlanners * (8 * kSegmentBlocks + 2 * kHeads * kQueryRow) +
+        kPlanners * (6 * kUnitBlocks + 2 * kHeads * kQueryRow) +
         kConsumers * kSlice * kHeadTile * 4 + kMaxRows * 4 + 4096;
     static constexpr int kStages =
         std::min(40, (kSharedBytes - kOtherBytes) / kStageBytes / kConsumers * kConsumers);
     static_assert(kStages > 0);
 };
 
-// A unit of work: a segment of a sequence, for one key head.
+// A unit of work: one or several segments of a sequence, for one key head.
 template <class Config>
 struct Unit {
     int row;  // -1: no work is left
     int kv_head;
-    int segment;
-    int length;    // keys of the row
-    int blocks;    // to visit
-    bool tracked;  // whether the state is updated
-    int page[kSegmentBlocks];   // of each block to visit
-    int block[kSegmentBlocks];  // its number in the segment
+    int number;       // among those of the row and key head
+    int units;        // how many these have
+    int first_block;  // of the unit
+    int length;       // keys of the row
+    int blocks;       // to visit
+    bool tracked;     // whether the state is updated
+    int page[kUnitBlocks];        // of each block to visit
+    uint16_t block[kUnitBlocks];  // how far it is behind the first
     alignas(16) typename Config::Element query[Config::kHeads * Config::kQueryRow];
 };
 

@@ -49,12 +49,11 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     kernel_params.scale_log2 = params.scale * kLog2E;
 
     static_assert(sizeof(SharedStorage<Config>) + kMaxRows * sizeof(int) <= kSharedBytes);
+    static_assert(sizeof(EstimateStorage<Config>) + kMaxRows * sizeof(int) <= kSharedBytes);
     int const estimate_bytes = static_cast<int>(sizeof(EstimateStorage<Config>) + params.rows * sizeof(int));
     int const attend_bytes = static_cast<int>(sizeof(SharedStorage<Config>) + params.rows * sizeof(int));
     int64_t const units = static_cast<int64_t>(layout.segments) * params.kv_heads * params.rows;
-    auto const thread_blocks = [&](int units_of_each, int on_each) {
-        return static_cast<unsigned>(std::min<int64_t>((units + units_of_each - 1) / units_of_each, on_each * processors()));
-    };
+    auto const thread_blocks = static_cast<unsigned>(std::min<int64_t>(units, processors()));
 
     cudaError_t error =
         cudaFuncSetAttribute(estimate_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, estimate_bytes);
@@ -62,8 +61,8 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
         error = cudaFuncSetAttribute(attend_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, attend_bytes);
     }
     if (error == cudaSuccess) {
-        unsigned const grid = thread_blocks(Config::kEstimators, Config::kEstimateBlocks);
-        estimate_kernel<Config><<<grid, Config::kEstimators * kWarp, estimate_bytes, stream>>>(kernel_params);
+        constexpr int kWarps = EstimateStorage<Config>::kWarps;
+        estimate_kernel<Config><<<thread_blocks, kWarps * kWarp, estimate_bytes, stream>>>(kernel_params);
         error = cudaGetLastError();
     }
     if (error == cudaSuccess) {
@@ -72,7 +71,7 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
         early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         early.val.programmaticStreamSerializationAllowed = 1;
         cudaLaunchConfig_t config{};
-        config.gridDim = thread_blocks(1, 1);
+        config.gridDim = thread_blocks;
         config.blockDim = Config::kThreads;
         config.dynamicSmemBytes = attend_bytes;
         config.stream = stream;

@@ -11,6 +11,8 @@
 
 namespace lite_attention::sm90 {
 
+CUTLASS_DEVICE int segments_of_unit(bool everything) { return everything ? 1 : kSkippingSegments; }
+
 // The units of a thread block in their order, for those who work on what the planners list: the n-th is planner n modulo
 // kPlanners'. `action` gets the unit.
 template <class Config, class Action>
@@ -74,16 +76,18 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
             Barrier::arrive(&shared.units.full[warp]);
             break;
         }
-        Place const place(call, workspace, shared.first_unit, index);
-        int const first_word = place.segment * kSegmentWords;
-        int const words = min(kSegmentWords, ceil_div(place.blocks, kWordBlocks) - first_word);
+        Place const place(call, shared.first_unit, index);
+        int const segments = segments_of_unit(place.everything);
+        int const unit_words = segments * (kSegmentBlocks / kWordBlocks);
+        int const first_word = place.number * unit_words;
+        int const words = min(unit_words, ceil_div(place.blocks, kWordBlocks) - first_word);
         auto const block_of = [&](int word) { return (first_word + word) * kWordBlocks + lane; };
 
-        int page[kSegmentWords];
-        bool visit[kSegmentWords];
+        int page[kUnitWords];
+        bool visit[kUnitWords];
         CUTLASS_PRAGMA_UNROLL
-        for (int w = 0; w < kSegmentWords; ++w) {
-            visit[w] = block_of(w) < place.blocks;
+        for (int w = 0; w < kUnitWords; ++w) {
+            visit[w] = w < words && block_of(w) < place.blocks;
             page[w] = visit[w] ? call.block_table[place.row * call.block_table_stride + block_of(w) / blocks_of_page] : 0;
         }
         uint32_t mattered = ~0u;  // of lanes that are words
@@ -103,14 +107,14 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
 
         if (!place.everything) {
             cudaGridDependencySynchronize();  // the estimates are there
-            float const mass = sum_segments(
+            float const mass = sum_parts(
                 workspace.expected + place.pair * workspace.segments * heads, segments_of(place.length), heads);
             // The least log2 of a mass that is worth a visit, for the head lane % heads.
             float const limit = lane % heads < params.group ? place.threshold + mass : INFINITY;
             float const* const masses = workspace.masses + place.pair * workspace.words * kWordBlocks * heads;
-            bool matters[kSegmentWords];
+            bool matters[kUnitWords];
             CUTLASS_PRAGMA_UNROLL
-            for (int w = 0; w < kSegmentWords; ++w) {
+            for (int w = 0; w < kUnitWords; ++w) {
                 uint32_t const word = __shfl_sync(~0u, mattered, w);  // by all lanes, so not behind `||`
                 matters[w] = place.forced(block_of(w)) || (word >> lane & 1);
             }
@@ -119,19 +123,19 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
                 float const low = __shfl_sync(~0u, limit, head);
                 float const high = __shfl_sync(~0u, limit, head + 1);
                 CUTLASS_PRAGMA_UNROLL
-                for (int w = 0; w < kSegmentWords; ++w) {
+                for (int w = 0; w < kUnitWords; ++w) {
                     int64_t const block = visit[w] ? block_of(w) : 0;
                     float2 const may_be = *reinterpret_cast<float2 const*>(masses + block * heads + head);
                     matters[w] |= may_be.x > low || may_be.y > high;
                 }
             }
             CUTLASS_PRAGMA_UNROLL
-            for (int w = 0; w < kSegmentWords; ++w) { visit[w] &= matters[w]; }
+            for (int w = 0; w < kUnitWords; ++w) { visit[w] &= matters[w]; }
         }
 
         total = 0;
         CUTLASS_PRAGMA_UNROLL
-        for (int w = 0; w < kSegmentWords; ++w) {
+        for (int w = 0; w < kUnitWords; ++w) {
             uint32_t const word = __ballot_sync(~0u, visit[w]);
             if (visit[w]) {
                 int const i = total + __popc(word & ((1u << lane) - 1));
@@ -146,7 +150,9 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
         if (lane == 0) {
             unit.row = place.row;
             unit.kv_head = place.kv_head;
-            unit.segment = place.segment;
+            unit.number = place.number;
+            unit.units = units_of(place.length, segments);
+            unit.first_block = first_word * kWordBlocks;
             unit.length = place.length;
             unit.blocks = total;
             unit.tracked = place.tracked;
@@ -167,12 +173,11 @@ CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& sha
     for_each_unit(shared, [&](Unit<Config> const& unit) {
         int const blocks = unit.blocks;
         int const kv_head = unit.kv_head;
-        int const first_block = unit.segment * kSegmentBlocks;
         for (int first = 0; first < blocks; first += kLanes) {
             int const i = first + lane;
             if (lane < kLanes && i < blocks) {
                 int const page = unit.page[i];
-                int const token = (first_block + unit.block[i]) % blocks_of_page * kDecodeBlock;
+                int const token = (unit.first_block + unit.block[i]) % blocks_of_page * kDecodeBlock;
                 int const stage = shared.stages.place(fetched + i);
                 uint64_t* const full = &shared.stages.full[stage];
                 shared.stages.wait_empty(fetched + i);
@@ -200,7 +205,7 @@ CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& sha
     });
 }
 
-// What a warp has gathered of a segment.
+// What a warp has gathered of a unit.
 template <class Config>
 struct Gathered {
     static constexpr int kTiles = Config::kHeadDim / 16;
@@ -219,12 +224,45 @@ struct Gathered {
     }
 };
 
+// The queries of a unit as second operands. They stay in registers as long as there are enough.
+template <class Config>
+class QueryOperands {
+  public:
+    CUTLASS_DEVICE explicit QueryOperands(Unit<Config> const& unit)
+        : own_(unit.query + threadIdx.x % kWarp / 4 * Config::kQueryRow + threadIdx.x % 4 * 2) {
+        if constexpr (kKept) {
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < Config::kHeadDim / 16; ++i) { kept_[i] = load(0, i); }
+        }
+    }
+
+    // Of eight heads and the i-th 16 channels.
+    CUTLASS_DEVICE uint2 operator()(int tile, int i) const {
+        if constexpr (kKept) {
+            return kept_[i];
+        } else {
+            return load(tile, i);
+        }
+    }
+
+  private:
+    static constexpr bool kKept = Config::kHeadTiles == 1;
+
+    CUTLASS_DEVICE uint2 load(int tile, int i) const {
+        auto const* const at = own_ + tile * kHeadTile * Config::kQueryRow + i * 16;
+        return {*reinterpret_cast<uint32_t const*>(at), *reinterpret_cast<uint32_t const*>(at + 8)};
+    }
+
+    typename Config::Element const* own_;
+    uint2 kept_[kKept ? Config::kHeadDim / 16 : 1];
+};
+
 // Adds a block whose keys and values lie at those addresses of shared memory. `keys`: how many of its keys exist. `masses`:
 // where to note what each head's block weighs, null for nowhere.
 template <class Config>
 CUTLASS_DEVICE void attend(
-    Gathered<Config>& gathered, uint32_t key, uint32_t value, uint32_t const (&query)[Config::kHeadTiles][Config::kHeadDim / 16][2],
-    int keys, float scale_log2, float* masses, int heads) {
+    Gathered<Config>& gathered, uint32_t key, uint32_t value, QueryOperands<Config> const& query, int keys, float scale_log2,
+    float* masses, int heads) {
     using Element = typename Config::Element;
     constexpr int kTiles = Config::kHeadDim / 16;
     constexpr uint32_t kPlaneBytes = kDecodeBlock * kPlane * 2;
@@ -242,7 +280,8 @@ CUTLASS_DEVICE void attend(
         load_matrices(matrices, address(key, lane % 16, i, lane / 16));
         CUTLASS_PRAGMA_UNROLL
         for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
-            mma(scores[tile][i % 2], matrices, query[tile][i][0], query[tile][i][1], Element{});
+            uint2 const of_query = query(tile, i);
+            mma(scores[tile][i % 2], matrices, of_query.x, of_query.y, Element{});
         }
     }
     uint32_t weights[Config::kHeadTiles][2];
@@ -313,7 +352,7 @@ CUTLASS_DEVICE void share(SharedStorage<Config>& shared, Gathered<Config> const&
     }
 }
 
-// Puts together what the warps have gathered of a segment and shared. Runs in the consumers.
+// Puts together what the warps have gathered of a unit and shared. Runs in the consumers.
 template <class Config>
 CUTLASS_DEVICE void merge(
     KernelParams const& params, SharedStorage<Config>& shared, int64_t part, Gathered<Config> const& gathered, int thread) {
@@ -370,7 +409,6 @@ CUTLASS_DEVICE void merge(
 // Attends to what is fetched. Runs in kConsumers warps.
 template <class Config>
 CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& shared, int thread) {
-    constexpr int kTiles = Config::kHeadDim / 16;
     Workspace const& workspace = params.workspace;
     int const heads = workspace.heads;
     int const warp = thread / kWarp;
@@ -381,7 +419,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     // Whether the unit before was its sequence's last. The number is asked for long before it is needed.
     auto const ends = [&](uint32_t number) {
         bool& last = shared.last[number % 2];
-        if (thread == 0) { last = ended.row >= 0 && counted == segments_of(ended.length) - 1; }
+        if (thread == 0) { last = ended.row >= 0 && counted == ended.units - 1; }
         sync_consumers<Config>();
         return last;
     };
@@ -389,21 +427,12 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     for_each_unit(shared, [&](Unit<Config> const& unit) {
         int const blocks = unit.blocks;
 
-        uint32_t query[Config::kHeadTiles][kTiles][2];
-        CUTLASS_PRAGMA_UNROLL
-        for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
-            auto const* const row = unit.query + (tile * kHeadTile + lane / 4) * Config::kQueryRow + lane % 4 * 2;
-            CUTLASS_PRAGMA_UNROLL
-            for (int i = 0; i < kTiles; ++i) {
-                query[tile][i][0] = *reinterpret_cast<uint32_t const*>(row + i * 16);
-                query[tile][i][1] = *reinterpret_cast<uint32_t const*>(row + i * 16 + 8);
-            }
-        }
+        QueryOperands<Config> const query(unit);
         int64_t const pair = static_cast<int64_t>(unit.row) * params.call.kv_heads + unit.kv_head;
         float* const masses = workspace.masses + pair * workspace.words * kWordBlocks * heads;
         Gathered<Config> gathered;
         for (int i = warp; i < blocks; i += Config::kConsumers) {
-            int const block = unit.segment * kSegmentBlocks + unit.block[i];
+            int const block = unit.first_block + unit.block[i];
             int const keys = unit.length - block * kDecodeBlock;
             int const stage = shared.stages.place(fetched + i);
             auto* const value = shared.value + stage * Config::kStageElements;
@@ -429,16 +458,16 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
 
         share(shared, gathered, warp);
         bool const last = ends(number++);
-        int64_t const part = pair * workspace.segments + unit.segment;
+        int64_t const part = pair * workspace.segments + unit.number;
         if (blocks > 0) {
             merge(params, shared, part, gathered, thread);
         } else if (thread < heads) {
             workspace.lse[part * heads + thread] = -INFINITY;
         }
         __syncwarp();
-        if (thread == 0) { counted = count_segment(params, pair); }
+        if (thread == 0) { counted = count_unit(params, pair); }
         if (last) { combine<Config>(params, ended, thread); }
-        ended = {unit.row, unit.kv_head, unit.length, unit.tracked};
+        ended = {unit.row, unit.kv_head, unit.units, unit.length, unit.tracked};
     });
     if (ends(number)) { combine<Config>(params, ended, thread); }
 }
@@ -455,7 +484,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attend_kernel(__grid_cons
         cute::prefetch_tma_descriptor(&params.key);
         cute::prefetch_tma_descriptor(&params.value);
     }
-    number_units(params.call, shared.first_unit, [](int) { return true; });
+    number_units(params.call, shared.first_unit, [&](int row) {
+        return units_of(params.call.seq_lens[row], segments_of_unit(visits_everything(params.call, row)));
+    });
     if (threadIdx.x == 0) { shared.turn = dealt_units<Config>(shared.first_unit[params.call.rows]); }
     __syncthreads();
     int const warp = threadIdx.x / kWarp;

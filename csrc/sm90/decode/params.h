@@ -25,7 +25,8 @@ struct PagedView {
     int64_t head_stride;
 };
 
-// The summaries of a paged cache, (pages, kv_heads, blocks of a page, 2 * head_dim + 8); strides in bytes, multiples of 8.
+// The summaries of a paged cache, (pages, kv_heads, blocks of a page, 3 * head_dim + 16); 16-byte aligned, strides in bytes,
+// multiples of 16.
 struct SummaryView {
     uint8_t* data;
     int64_t page_stride;
@@ -76,7 +77,7 @@ struct SummarizeParams {
     int64_t tokens;
     int page_size;
     int kv_heads;
-    int head_dim;  // an even number up to 256
+    int head_dim;  // a multiple of 16 up to 256
     DType dtype;
 };
 

@@ -65,88 +65,78 @@ struct ScoringQuery {
     }
 };
 
-// Eight bytes that the kernel does not write. The compiler keeps it before products that stand behind it, however few registers are
-// left: what is asked for early comes while they run.
-CUTLASS_DEVICE uint2 load_early(uint8_t const* from) {
-    uint2 loaded;
-    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(loaded.x), "=r"(loaded.y) : "l"(from));
-    return loaded;
-}
+// What summaries say of this thread's two blocks and two heads, in the order of the products' results.
+struct Moments {
+    float outlier[4];   // its score
+    float mean[4];      // log2 of the mass of the other keys if all scores were their mean
+    float variance[4];  // of their scores, in squared log2 units
+};
 
-// The summaries of 16 blocks as the first operands: a thread holds eight channels of every 32 of two blocks, lane / 4 and the
-// one 8 further.
+// The summaries of 16 blocks, in shared memory, as the first operands: a thread holds eight channels of every 32 of two blocks,
+// lane / 4 and the one 8 further.
 template <class Config>
 struct Summaries {
-    static constexpr int kParts = Config::kHeadDim / 32;
-    uint2 mean[2][kParts];
-    uint2 deviation[2][kParts];
-    float2 scales[2];
+    // A row has its summary and 16 bytes more: so its eight neighbours begin in other banks, whatever the head size.
+    static constexpr int kRowBytes = 3 * Config::kHeadDim + 32;
+    static constexpr int kBlocks = 16;
 
-    // `summary`: where each of 16 blocks has its own, in shared memory. Channels that do not exist are those of others: the query
-    // has zeros there.
-    CUTLASS_DEVICE void load(uint8_t const* const* summary, int head_dim) {
-        int const lane = threadIdx.x % kWarp;
-        CUTLASS_PRAGMA_UNROLL
-        for (int half = 0; half < 2; ++half) {
-            uint8_t const* const from = summary[half * 8 + lane / 4];
-            CUTLASS_PRAGMA_UNROLL
-            for (int part = 0; part < kParts; ++part) {
-                int const channel = min(part * 32 + lane % 4 * 8, head_dim - 8);
-                mean[half][part] = load_early(from + channel);
-                deviation[half][part] = load_early(from + head_dim + channel);
-            }
-            uint2 const raw = load_early(from + 2 * head_dim);
-            scales[half] = {__uint_as_float(raw.x), __uint_as_float(raw.y)};
-        }
-    }
+    alignas(16) uint8_t row[kBlocks][kRowBytes];
 
-    // For each of this thread's two blocks and two heads: log2 of the block's mass if all scores were their mean, and the variance
-    // of the scores, in squared log2 units.
-    CUTLASS_DEVICE void moments(
-        ScoringQuery<Config> const& query, float scale_log2, float (&mean_mass)[4], float (&variance)[4]) const {
+    // Channels that do not exist are those of others: the query has zeros there.
+    CUTLASS_DEVICE Moments moments(ScoringQuery<Config> const& query, float scale_log2, int head_dim) const {
         int const lane = threadIdx.x % kWarp;
+        uint8_t const* const of_block[2] = {row[lane / 4], row[lane / 4 + 8]};
+        float of_outlier[4] = {};
         float of_mean[4] = {};
         float of_deviation[4] = {};
         CUTLASS_PRAGMA_UNROLL
-        for (int part = 0; part < kParts; ++part) {
-            __half2 m[2][4];
-            __half2 d[2][4];
-            CUTLASS_PRAGMA_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                constexpr uint32_t kSigns = 0x80808080u;
-                widen(mean[half][part].x ^ kSigns, m[half][0], m[half][1]);
-                widen(mean[half][part].y ^ kSigns, m[half][2], m[half][3]);
-                widen(deviation[half][part].x, d[half][0], d[half][1]);
-                widen(deviation[half][part].y, d[half][2], d[half][3]);
-                CUTLASS_PRAGMA_UNROLL
-                for (int i = 0; i < 4; ++i) {
-                    m[half][i] = __hsub2(m[half][i], __float2half2_rn(1024.0f + 128.0f));
-                    d[half][i] = __hsub2(d[half][i], __float2half2_rn(1024.0f));
-                    d[half][i] = __hmul2(d[half][i], d[half][i]);
-                }
-            }
+        for (int part = 0; part < Config::kHeadDim / 32; ++part) {
+            int const channel = min(part * 32 + lane % 4 * 8, head_dim - 8);
             uint4 const linear = query.linear[part][lane];
             uint4 const square = query.square[part][lane];
-            uint32_t const m_low[4] = {bits(m[0][0]), bits(m[1][0]), bits(m[0][1]), bits(m[1][1])};
-            uint32_t const m_high[4] = {bits(m[0][2]), bits(m[1][2]), bits(m[0][3]), bits(m[1][3])};
-            uint32_t const d_low[4] = {bits(d[0][0]), bits(d[1][0]), bits(d[0][1]), bits(d[1][1])};
-            uint32_t const d_high[4] = {bits(d[0][2]), bits(d[1][2]), bits(d[0][3]), bits(d[1][3])};
-            mma(of_mean, m_low, linear.x, linear.y, __half{});
-            mma(of_deviation, d_low, square.x, square.y, __half{});
-            mma(of_mean, m_high, linear.z, linear.w, __half{});
-            mma(of_deviation, d_high, square.z, square.w, __half{});
+            __half2 wide[2][4];
+            // Bytes as the first operand: signed ones come with their sign's bit flipped, so that all are 0 to 255.
+            auto load = [&](int kind, uint32_t flipped, float zero) {
+                CUTLASS_PRAGMA_UNROLL
+                for (int half = 0; half < 2; ++half) {
+                    uint2 const raw = *reinterpret_cast<uint2 const*>(of_block[half] + kind * head_dim + channel);
+                    widen(raw.x ^ flipped, wide[half][0], wide[half][1]);
+                    widen(raw.y ^ flipped, wide[half][2], wide[half][3]);
+                    CUTLASS_PRAGMA_UNROLL
+                    for (int i = 0; i < 4; ++i) { wide[half][i] = __hsub2(wide[half][i], __float2half2_rn(1024.0f + zero)); }
+                }
+            };
+            auto multiply = [&](float (&result)[4], uint4 const& operand) {
+                uint32_t const low[4] = {bits(wide[0][0]), bits(wide[1][0]), bits(wide[0][1]), bits(wide[1][1])};
+                uint32_t const high[4] = {bits(wide[0][2]), bits(wide[1][2]), bits(wide[0][3]), bits(wide[1][3])};
+                mma(result, low, operand.x, operand.y, __half{});
+                mma(result, high, operand.z, operand.w, __half{});
+            };
+            load(0, 0x80808080u, 128.0f);
+            multiply(of_outlier, linear);
+            load(1, 0x80808080u, 128.0f);
+            multiply(of_mean, linear);
+            load(2, 0, 0.0f);
+            CUTLASS_PRAGMA_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                CUTLASS_PRAGMA_UNROLL
+                for (int i = 0; i < 4; ++i) { wide[half][i] = __hmul2(wide[half][i], wide[half][i]); }
+            }
+            multiply(of_deviation, square);
         }
-        static_assert(kDecodeBlock == 16);
-        constexpr float kLogBlock = 4.0f;
-        float2 const linear{
-            query.largest[lane % 4 * 2] * scale_log2, query.largest[lane % 4 * 2 + 1] * scale_log2};
+        static_assert(kDecodeBlock - 1 == 15);
+        constexpr float kLogOthers = 3.9068905956085187f;  // log2
+        Moments moments;
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 4; ++i) {
-            float const head_scale = i % 2 == 0 ? linear.x : linear.y;
-            float const deviation_scale = head_scale * scales[i / 2].y;
-            mean_mass[i] = kLogBlock + head_scale * scales[i / 2].x * of_mean[i];
-            variance[i] = deviation_scale * deviation_scale * of_deviation[i];
+            float4 const scales = *reinterpret_cast<float4 const*>(of_block[i / 2] + 3 * head_dim);
+            float const of_head = query.largest[lane % 4 * 2 + i % 2] * scale_log2;
+            moments.outlier[i] = of_head * scales.x * of_outlier[i];
+            moments.mean[i] = kLogOthers + of_head * scales.y * of_mean[i];
+            float const deviation = of_head * scales.z;
+            moments.variance[i] = deviation * deviation * of_deviation[i];
         }
+        return moments;
     }
 };
 
@@ -154,6 +144,9 @@ struct Summaries {
 CUTLASS_DEVICE float spread(float variance, float bend) {
     return (sqrtf(1.0f + variance * (1.0f / (kLog2E * kLog2E * bend))) - 1.0f) * (bend * kLog2E);
 }
+
+// log2(2^a + 2^b) of finite numbers.
+CUTLASS_DEVICE float log2_of_sum(float a, float b) { return fmaxf(a, b) + log2f(1.0f + exp2f(-fabsf(a - b))); }
 
 // Log2 of the exact mass of a block for this thread's two heads.
 //

@@ -11,6 +11,30 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kMaxPairs = 256 / (2 * kWarp);  // pairs of channels of a lane
 
+__device__ __forceinline__ float add(float a, float b) { return a + b; }
+
+// What ends up in a summary is rounded at each step and summed up in the order of the keys, as the reference does it: compiled
+// with --use_fast_math, operators would divide by approximation and join products and sums.
+__device__ __forceinline__ float2 plus(float2 a, float2 b) { return {__fadd_rn(a.x, b.x), __fadd_rn(a.y, b.y)}; }
+__device__ __forceinline__ float2 minus(float2 a, float2 b) { return {__fsub_rn(a.x, b.x), __fsub_rn(a.y, b.y)}; }
+__device__ __forceinline__ float2 square(float2 a) { return {__fmul_rn(a.x, a.x), __fmul_rn(a.y, a.y)}; }
+__device__ __forceinline__ float2 over(float2 a, float b) { return {__fdiv_rn(a.x, b), __fdiv_rn(a.y, b)}; }
+
+// Two channels of the keys of a block.
+template <class Pair>
+__device__ __forceinline__ void load_channels(float2 (&key)[kDecodeBlock], uint16_t const* first, int64_t token_stride) {
+#pragma unroll
+    for (int i = 0; i < kDecodeBlock; ++i) { key[i] = widen(*reinterpret_cast<Pair const*>(first + i * token_stride)); }
+}
+
+// Mean of the keys but the one `without`; -1: of all.
+__device__ __forceinline__ float2 mean_of(float2 const (&key)[kDecodeBlock], int without) {
+    float2 sum{};
+#pragma unroll
+    for (int i = 0; i < kDecodeBlock; ++i) { sum = plus(sum, i == without ? float2{} : key[i]); }
+    return over(sum, without < 0 ? kDecodeBlock : kDecodeBlock - 1);
+}
+
 // A warp for each token and key head; those whose token completes no block leave at once.
 template <class Pair>
 __global__ void __launch_bounds__(kWarps * kWarp) summarize_kernel(SummarizeParams const params) {
@@ -26,53 +50,80 @@ __global__ void __launch_bounds__(kWarps * kWarp) summarize_kernel(SummarizePara
 
     auto const* const keys = static_cast<uint16_t const*>(params.key.data) + page * params.key.page_stride +
                              (last - (kDecodeBlock - 1)) * params.key.token_stride + kv_head * params.key.head_stride;
-    float2 mean[kMaxPairs] = {};
-    float2 deviation[kMaxPairs] = {};
-    float largest_mean = 0.0f;
-    float largest_deviation = 0.0f;
+    // The key farthest from the mean of all is the outlier.
+    float distance[kDecodeBlock] = {};
 #pragma unroll
     for (int pair = 0; pair < kMaxPairs; ++pair) {
         int const channel = 2 * (pair * kWarp + lane);
         if (channel >= params.head_dim) { continue; }
         float2 key[kDecodeBlock];
+        load_channels<Pair>(key, keys + channel, params.key.token_stride);
+        float2 const mean = mean_of(key, -1);
 #pragma unroll
         for (int i = 0; i < kDecodeBlock; ++i) {
-            key[i] = widen(*reinterpret_cast<Pair const*>(keys + i * params.key.token_stride + channel));
+            float2 const off = square(minus(key[i], mean));
+            distance[i] += off.x + off.y;
         }
-        float2 sum{};
-#pragma unroll
-        for (int i = 0; i < kDecodeBlock; ++i) {
-            sum.x += key[i].x;
-            sum.y += key[i].y;
-        }
-        mean[pair] = {sum.x / kDecodeBlock, sum.y / kDecodeBlock};
-        float2 squares{};
-#pragma unroll
-        for (int i = 0; i < kDecodeBlock; ++i) {
-            float2 const off{key[i].x - mean[pair].x, key[i].y - mean[pair].y};
-            squares.x += off.x * off.x;
-            squares.y += off.y * off.y;
-        }
-        deviation[pair] = {sqrtf(squares.x / kDecodeBlock), sqrtf(squares.y / kDecodeBlock)};
-        largest_mean = fmaxf(largest_mean, fmaxf(fabsf(mean[pair].x), fabsf(mean[pair].y)));
-        largest_deviation = fmaxf(largest_deviation, fmaxf(deviation[pair].x, deviation[pair].y));
     }
-    float2 const scales{join_lanes(largest_mean, fmaxf) / 127.0f, join_lanes(largest_deviation, fmaxf) / 255.0f};
-    float2 const steps{fmaxf(scales.x, FLT_MIN), fmaxf(scales.y, FLT_MIN)};
+    int outlier = 0;
+    float farthest = -1.0f;
+#pragma unroll
+    for (int i = 0; i < kDecodeBlock; ++i) {
+        float const of_key = join_lanes(distance[i], add);
+        if (of_key > farthest) {
+            outlier = i;
+            farthest = of_key;
+        }
+    }
 
-    uint8_t* const summary = params.summaries.data + page * params.summaries.page_stride +
-                             kv_head * params.summaries.head_stride + last / kDecodeBlock * params.summaries.block_stride;
+    // Outlier, and mean and deviation of the others.
+    float2 part[3][kMaxPairs] = {};
+    float largest[3] = {};
 #pragma unroll
     for (int pair = 0; pair < kMaxPairs; ++pair) {
         int const channel = 2 * (pair * kWarp + lane);
         if (channel >= params.head_dim) { continue; }
-        auto to_signed = [&](float value) { return static_cast<signed char>(rintf(value / steps.x)); };
-        auto to_unsigned = [&](float value) { return static_cast<unsigned char>(rintf(value / steps.y)); };
-        *reinterpret_cast<char2*>(summary + channel) = {to_signed(mean[pair].x), to_signed(mean[pair].y)};
-        *reinterpret_cast<uchar2*>(summary + params.head_dim + channel) = {
-            to_unsigned(deviation[pair].x), to_unsigned(deviation[pair].y)};
+        float2 key[kDecodeBlock];
+        load_channels<Pair>(key, keys + channel, params.key.token_stride);
+        float2 const mean = mean_of(key, outlier);
+        float2 squares{};
+#pragma unroll
+        for (int i = 0; i < kDecodeBlock; ++i) {
+            if (i == outlier) {
+                part[0][pair] = key[i];
+            } else {
+                squares = plus(squares, square(minus(key[i], mean)));
+            }
+        }
+        part[1][pair] = mean;
+        float2 const variance = over(squares, kDecodeBlock - 1);
+        part[2][pair] = {__fsqrt_rn(variance.x), __fsqrt_rn(variance.y)};
+#pragma unroll
+        for (int i = 0; i < 3; ++i) {
+            largest[i] = fmaxf(largest[i], fmaxf(fabsf(part[i][pair].x), fabsf(part[i][pair].y)));
+        }
     }
-    if (lane == 0) { *reinterpret_cast<float2*>(summary + 2 * params.head_dim) = scales; }
+
+    uint8_t* const summary = params.summaries.data + page * params.summaries.page_stride +
+                             kv_head * params.summaries.head_stride + last / kDecodeBlock * params.summaries.block_stride;
+    float scale[3];
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+        scale[i] = __fdiv_rn(join_lanes(largest[i], fmaxf), i < 2 ? 127.0f : 255.0f);
+        float const step = fmaxf(scale[i], FLT_MIN);
+#pragma unroll
+        for (int pair = 0; pair < kMaxPairs; ++pair) {
+            int const channel = 2 * (pair * kWarp + lane);
+            if (channel >= params.head_dim) { continue; }
+            // Deviations are not signed, and up to 255.
+            float2 const steps = over(part[i][pair], step);
+            *reinterpret_cast<uchar2*>(summary + i * params.head_dim + channel) = {
+                static_cast<unsigned char>(__float2int_rn(steps.x)), static_cast<unsigned char>(__float2int_rn(steps.y))};
+        }
+    }
+    if (lane < 3) {
+        reinterpret_cast<float*>(summary + 3 * params.head_dim)[lane] = lane == 0 ? scale[0] : lane == 1 ? scale[1] : scale[2];
+    }
 }
 
 }  // namespace

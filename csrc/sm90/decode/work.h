@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// What the kernels of a decode step share: their arguments, and how the work is cut in units, each a segment of a sequence and one
-// key head. Segments begin at fixed places, so what a row gets does not depend on its batch.
+// What the kernels of a decode step share: their arguments, and how the work is cut in units, each one or several segments of a
+// sequence and one key head. They begin at places that the row alone decides, so what it gets does not depend on its batch.
 #pragma once
 
 #include "config.h"
@@ -10,12 +10,12 @@ namespace lite_attention::sm90 {
 // What thread blocks leave for others.
 struct Workspace {
     uint32_t* drawn;    // units that were taken beside each thread block's first ones
-    uint32_t* ended;    // (rows, kv_heads) segments that are attended to
+    uint32_t* ended;    // (rows, kv_heads) units that are attended to
     uint32_t* visited;  // (rows, kv_heads, words) blocks that were visited
     float* expected;    // (rows, kv_heads, segments, heads) log2 of the mass that a segment probably has
     float* masses;      // (rows, kv_heads, blocks, heads) log2 of the mass that a block may have; once it is visited, that it has
-    float* lse;         // (rows, kv_heads, segments, heads) of a segment, in log2 units
-    float* out;         // (rows, kv_heads, segments, head_dim, heads) of a segment; not written where its lse is -inf
+    float* lse;         // (rows, kv_heads, segments, heads) of a unit, in log2 units
+    float* out;         // (rows, kv_heads, segments, head_dim, heads) of a unit; not written where its lse is -inf
 
     int words;
     int segments;
@@ -77,12 +77,11 @@ struct LogSum {
     CUTLASS_DEVICE float log2() const { return largest + log2f(sum); }
 };
 
-// Log2 of the sum of all segments of a row's key head, for the query head lane % heads. `values`: (segments, heads), of the first
-// segment. Runs in a warp.
-CUTLASS_DEVICE float sum_segments(float const* values, int segments, int heads) {
+// Log2 of the sum of all parts of a row's key head, for the query head lane % heads. `values`: (parts, heads). Runs in a warp.
+CUTLASS_DEVICE float sum_parts(float const* values, int parts, int heads) {
     LogSum sum;
 #pragma unroll 4
-    for (int i = threadIdx.x % kWarp; i < segments * heads; i += kWarp) { sum.add(values[i]); }
+    for (int i = threadIdx.x % kWarp; i < parts * heads; i += kWarp) { sum.add(values[i]); }
     sum.join_lanes(heads, kWarp);
     return sum.log2();
 }
@@ -92,13 +91,18 @@ CUTLASS_DEVICE bool tracks(DecodeParams const& call, int row) {
     return call.thresholds[row] != -INFINITY && call.seq_lens[row] > 0;
 }
 
+// Whether a row visits all of its blocks.
+CUTLASS_DEVICE bool visits_everything(DecodeParams const& call, int row) { return !tracks(call, row) || call.visit_all[row]; }
+
+// Units of a row and key head. `segments`: of a unit.
+CUTLASS_DEVICE int units_of(int length, int segments) { return ceil_div(segments_of(length), segments); }
+
 // A unit of work and what is to be known of its row.
 struct Place {
     int row;
     int kv_head;
-    int segment;
+    int number;  // among those of the row and key head
     int64_t pair;  // number of the row and key head
-    int64_t part;  // number of the row, key head and segment
     int length;
     int blocks;
     float threshold;
@@ -106,35 +110,31 @@ struct Place {
     bool everything;  // whether all blocks are visited
 
     // `first_unit`: see number_units.
-    CUTLASS_DEVICE Place(DecodeParams const& call, Workspace const& workspace, int const* first_unit, int index) {
+    CUTLASS_DEVICE Place(DecodeParams const& call, int const* first_unit, int index) {
         row = 0;
         for (int end = call.rows; row + 1 < end;) {
             int const middle = (row + end) / 2;
             (first_unit[middle] <= index ? row : end) = middle;
         }
         kv_head = (index - first_unit[row]) % call.kv_heads;
-        segment = (index - first_unit[row]) / call.kv_heads;
+        number = (index - first_unit[row]) / call.kv_heads;
         pair = static_cast<int64_t>(row) * call.kv_heads + kv_head;
-        part = pair * workspace.segments + segment;
         length = max(0, call.seq_lens[row]);
         blocks = ceil_div(length, kDecodeBlock);
         threshold = call.thresholds[row];
         tracked = tracks(call, row);
-        everything = !tracked || call.visit_all[row];
+        everything = visits_everything(call, row);
     }
 
     // Blocks that are visited whatever they weigh: the first, and the newest two, which may have no summary yet.
     CUTLASS_DEVICE bool forced(int block) const { return block == 0 || block >= blocks - 2; }
 };
 
-// Fills in which unit of work is the first of each row; behind the last row, how many there are. `counts(row)`: whether the row
-// has units at all. Runs in a whole thread block.
-template <class Counts>
-CUTLASS_DEVICE void number_units(DecodeParams const& call, int* first_unit, Counts counts) {
-    for (int row = threadIdx.x; row < call.rows; row += blockDim.x) {
-        int const units = segments_of(call.seq_lens[row]) * call.kv_heads;
-        first_unit[row] = counts(row) ? units : 0;
-    }
+// Fills in which unit of work is the first of each row; behind the last row, how many there are. `count(row)`: how many units
+// each of the row's key heads has. Runs in a whole thread block.
+template <class Count>
+CUTLASS_DEVICE void number_units(DecodeParams const& call, int* first_unit, Count count) {
+    for (int row = threadIdx.x; row < call.rows; row += blockDim.x) { first_unit[row] = count(row) * call.kv_heads; }
     __syncthreads();
     if (threadIdx.x < kWarp) {
         int before = 0;
