@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +48,7 @@ class Engine:
         accepted, tokens, sampling = [], [], []
         for index, prompt in batch:
             try:
-                token_ids = self._tokens(prompt)
+                token_ids = self.tokens(prompt)
             except Exception as error:  # whatever a tokenizer or a chat template raises over this text
                 yield Rejected(index, f"cannot be tokenized: {error}")
                 continue
@@ -77,23 +76,14 @@ class Engine:
                 sparsity=(getattr(output, "lite_attn", None) or {}).get("sparsity"),
             )
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
+    def tokens(self, prompt: Prompt) -> list[int]:
+        """Of a prompt, or of a conversation in the model's chat template."""
         if prompt.messages is None:
             return list(self.tokenizer.encode(prompt.prompt))
         text = self.tokenizer.apply_chat_template(
             [message.model_dump() for message in prompt.messages], tokenize=False, add_generation_prompt=True
         )
         return list(self.tokenizer.encode(text, add_special_tokens=False))
-
-
-def _table(text: str) -> dict[str, Any]:
-    try:
-        table = json.loads(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"expected a JSON object: {error}") from None
-    if not isinstance(table, dict):
-        raise typer.BadParameter("expected a JSON object")
-    return table
 
 
 def generate(
@@ -127,7 +117,7 @@ def generate(
       lite-attention generate --model DIR --input in.jsonl --output out.jsonl \\
         --threshold -6 --warmup-steps 4 --max-tokens 64
     """
-    more = _table(engine_args)
+    more = options.json_object(engine_args)
     config = more.setdefault("additional_config", {})
     config[CONFIG_KEY] = config.get(CONFIG_KEY, {}) | options.given(
         threshold=threshold, enable=enable, refresh_interval=refresh_interval, warmup_steps=warmup_steps

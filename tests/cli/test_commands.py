@@ -95,12 +95,16 @@ def test_serve_refuses_a_bad_additional_config(text: str) -> None:
         (["--lite-attn-threshold", "nan"], "threshold"),
         (["--lite-attn-warmup-steps", "-1"], "warmup_steps"),
         (["--lite-attn-threshold", "-3", "--lite-attn-max-threshold", "-5"], "max_threshold"),
+        (["--lite-attn-profile", "careful.toml"], "expected NAME=FILE"),
+        (["--lite-attn-profile", "careful=nowhere.toml"], "nowhere.toml"),
+        (["--lite-attn-default-profile", "careful"], "there are no profiles"),
+        (["--lite-attn-check-share", "2"], "check_share"),
     ],
 )
 def test_serve_refuses_bad_options(flags: list[str], named: str) -> None:
     refused = run("serve", "m", *flags)
     assert refused.exit_code == 2
-    assert named in refused.output
+    assert named in " ".join(refused.output.replace("│", " ").split())
 
 
 FAKE_VLLM = """
