@@ -175,7 +175,10 @@ def _language_model(
 ) -> tuple[DecodeCalibration, Mapping[str, Cost] | None]:
     read, read_check = _read_json(prompts), _read_json(check) if check else []
 
-    from lite_attention.backend.vllm import calibration
+    try:
+        from lite_attention.backend.vllm import calibration
+    except ImportError as error:
+        raise typer.BadParameter(f"language models need vLLM: {error}") from None
     from lite_attention.cli.generate import Engine
 
     for name in calibration.ENGINE_ARGS.keys() & engine_args.keys():

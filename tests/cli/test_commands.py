@@ -26,7 +26,7 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, arguments)
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["serve"], ["doctor"], ["plot"], ["model"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["serve"], ["doctor"], ["plot"], ["model"], ["calibrate"]])
 def test_help_shows_examples_and_needs_no_engine(command: list[str]) -> None:
     shown = run(*command, "--help")
     assert shown.exit_code == 0
@@ -105,6 +105,31 @@ def test_serve_refuses_bad_options(flags: list[str], named: str) -> None:
     refused = run("serve", "m", *flags)
     assert refused.exit_code == 2
     assert named in " ".join(refused.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--engine", "vllm", "--rule", "mass"], "--rule: expected none with --engine vllm, got mass"),
+        (["--max-tokens", "9"], "--max-tokens: expected none with --engine diffusers, got 9"),
+        (["--engine", "vllm", "--engine-args", "[]"], "expected a JSON object"),
+        (["--engine", "vllm", "--prompts", "nowhere.jsonl"], "got nowhere.jsonl"),
+        (["--engine", "vllm", "--target", "speed=2"], "target: expected one of"),
+    ],
+)
+def test_calibrate_refuses_what_the_engine_does_not_know(tmp_path: Path, flags: list[str], named: str) -> None:
+    prompts = tmp_path / "in.jsonl"
+    prompts.write_text('{"prompt": "a"}')
+    files = ["--prompts", str(prompts), "--out", str(tmp_path / "out.toml")]
+    refused = run("calibrate", "m", *files, "--target", "error=0.1", *flags)
+    assert refused.exit_code == 2
+    assert named in " ".join(refused.output.replace("│", " ").split())
+
+
+def test_calibrate_takes_the_folder_of_a_language_model_for_vllm(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    refused = run("calibrate", str(tmp_path), "--prompts", "no.jsonl", "--out", "a.toml", "--target", "error=0.1")
+    assert "expected a file with a JSON object a line" in " ".join(refused.output.replace("│", " ").split())
 
 
 FAKE_VLLM = """
