@@ -54,7 +54,9 @@ def calibrate(
         typer.Option(help="What runs the model; without it, vllm for a folder of a language model, else diffusers."),
     ] = None,
     refresh_interval: Annotated[int, typer.Option(min=0, help="Visit all blocks every so many steps; 0 never.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the first prompt's noise or answer; each has another.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the first prompt's noise, the others having others, or of the answers.")
+    ] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Diffusers: denoising steps.")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Diffusers: pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Diffusers: pixels.")] = None,
@@ -183,17 +185,17 @@ def _language_model(
 
     for name in calibration.ENGINE_ARGS.keys() & engine_args.keys():
         raise typer.BadParameter(f"--engine-args: expected none of {', '.join(calibration.ENGINE_ARGS)}, got {name}")
-    engine = Engine(model, {}, engine_args | calibration.ENGINE_ARGS)
+    engine = Engine(model, {}, {"seed": seed} | engine_args | calibration.ENGINE_ARGS)
     checked = None
     try:
-        texts = calibration.answer(engine.llm, [engine.tokens(prompt) for prompt in read], max_tokens, seed)
+        texts = calibration.answer(engine.llm, [engine.tokens(prompt) for prompt in read], max_tokens)
         inputs = f"{len(read)} prompts of {prompts.name}, seed {seed}, answers of up to {max_tokens} tokens"
         found = calibration.calibrate(
             engine.llm, texts, target, model=model, inputs=inputs, refresh_interval=refresh_interval
         )
         if read_check:
             tokens = [engine.tokens(prompt) for prompt in read_check]
-            others = calibration.answer(engine.llm, tokens, max_tokens, seed + len(read))
+            others = calibration.answer(engine.llm, tokens, max_tokens)
             checked = calibration.measure(engine.llm, others, found)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None

@@ -54,14 +54,14 @@ def main() -> None:
         **calibration.ENGINE_ARGS,
     )
 
-    def answered(names: list[str], seed: int) -> list[calibration.Text]:
+    def answered(names: list[str]) -> list[calibration.Text]:
         prompts = []
         for name in names:
             tokens = read_text(tokenizer, name, args.pieces * args.context)
             prompts += [piece.tolist() for piece in tokens.split(args.context)]
-        return calibration.answer(llm, prompts, args.max_tokens, seed)
+        return calibration.answer(llm, prompts, args.max_tokens)
 
-    texts, others = answered(args.texts, seed=0), answered(args.held_out, seed=1000)
+    texts, others = answered(args.texts), answered(args.held_out)
     setup: dict[str, Any] = {
         "model": NAME, "context": args.context, "max_tokens": args.max_tokens, "texts": args.texts,
         "held_out": args.held_out, "pieces": args.pieces, "within": RELATIVE,
