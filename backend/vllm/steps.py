@@ -112,7 +112,7 @@ class StepPlan:
         """For each wave the errors of its checked tokens, on a device."""
         sizes = [len(wave.checked) for wave in self.waves]
         if self.errors is None:
-            self.errors = torch.zeros(sum(sizes), 2, dtype=torch.float32, device=device)
+            self.errors = torch.zeros(sum(sizes), 2, dtype=torch.float32, device=device if any(sizes) else "cpu")
         return self.errors.split(sizes)
 
     @property
@@ -212,10 +212,10 @@ class StepTracker:
         finally:
             self._step = None
         if step.plan is not None and step.plan.visited is not None and step.plan.skipping:
-            errors = step.plan.errors
-            self._visits.append(
-                _Visits(step.plan, Readback(step.plan.visited), None if errors is None else Readback(errors))
-            )
+            errors = None
+            if step.plan.errors is not None and step.plan.checked:
+                errors = Readback(step.plan.errors)
+            self._visits.append(_Visits(step.plan, Readback(step.plan.visited), errors))
         while self._visits and self._visits[0].arrived():
             self._count(self._visits.popleft())
 

@@ -24,11 +24,10 @@ from lite_attention.backend.vllm import steps
 from lite_attention.backend.vllm.launches import Launches
 from lite_attention.backend.vllm.state import LayerState
 from lite_attention.backend.vllm.steps import StepTracker
-from lite_attention.calibration import DecodeCalibration
-from lite_attention.costs import DecodeShape
 from lite_attention.serving.metrics import StepCounters, bucket_index
 from lite_attention.serving.params import ServerOptions
 from lite_attention.tiles import DECODE_BLOCK, ceil_div
+from tests.profiles import make_profile
 
 pytestmark = [
     pytest.mark.engine,
@@ -65,20 +64,6 @@ class Request:
         self.key_value = torch.randn(self.tokens, KV_HEADS, 2 * HEAD_DIM, generator=random)
 
 
-def profile(name: str) -> DecodeCalibration:
-    return DecodeCalibration(
-        stage="decode",
-        model="some/model",
-        inputs="none",
-        quantity="error",
-        target=0.1,
-        refresh_interval=0,
-        shape=DecodeShape("Some", HEADS, KV_HEADS, HEAD_DIM),
-        thresholds=dict(zip(LAYERS, PROFILES[name], strict=True)),
-        reached={},
-    )
-
-
 class Layer:
     """One attention layer and its cache."""
 
@@ -101,7 +86,8 @@ class Engine:
         from lite_attention.backend.vllm import cuda
 
         self.v2 = v2
-        options = ServerOptions(profiles={name: profile(name) for name in PROFILES}, **server)
+        profiles = {name: make_profile(dict(zip(LAYERS, by, strict=True))) for name, by in PROFILES.items()}
+        options = ServerOptions(profiles=profiles, **server)
         self.tracker = StepTracker(options, SEQUENCES + 1, counters, dense_rows=True, layers=LAYERS)
         shared = Launches({}, PADDED, torch.device("cpu"))
         shared.lse = torch.empty(PADDED * HEADS)

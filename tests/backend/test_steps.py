@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from lite_attention.backend.requests import SCRATCH_SLOT, DecodeToken
 from lite_attention.backend.vllm import state, steps
 from lite_attention.backend.vllm.steps import StepPlan, StepTracker, is_checked
-from lite_attention.calibration import DecodeCalibration
-from lite_attention.costs import DecodeShape
 from lite_attention.serving.metrics import StepCounters, bucket_index
 from lite_attention.serving.params import ServerOptions
+from tests.profiles import make_profile
 
 
 def new(name: str, prompt_tokens: int, computed: int = 0, **options: Any) -> SimpleNamespace:
@@ -178,22 +177,11 @@ def test_options_that_slipped_past_the_front_end_make_a_request_dense() -> None:
         assert plan(worker, [1, 1]) is None
 
 
-def profile(**thresholds: float) -> DecodeCalibration:
-    return DecodeCalibration(
-        stage="decode",
-        model="some/model",
-        inputs="none",
-        quantity="error",
-        target=0.1,
-        refresh_interval=0,
-        shape=DecodeShape("Some", 4, 2, 16),
-        thresholds=thresholds,
-        reached={},
-    )
-
-
 def test_each_row_has_the_thresholds_of_its_profile_in_every_layer() -> None:
-    profiles = {"one": profile(second=-3.0, first=-5.0), "two": profile(first=-math.inf, second=-2.0)}
+    profiles = {
+        "one": make_profile({"second": -3.0, "first": -5.0}),
+        "two": make_profile({"first": -math.inf, "second": -2.0}),
+    }
     worker = tracker(profiles=profiles, threshold=-4)
     starts = [
         new("a", 2, computed=2, profile="two"),

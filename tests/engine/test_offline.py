@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from lite_attention.calibration import DecodeCalibration
 from lite_attention.costs import DecodeShape
 from lite_attention.tiles import DECODE_BLOCK, ceil_div
 from tests.engine.conftest import Job
+from tests.profiles import make_profile
 
 DENSE: dict[str, Any] = {"lite_attn_enable": False}
 
@@ -133,17 +133,17 @@ def test_keys_computed_under_skipping_are_not_shared_as_a_prefix(engine: Callabl
         assert fresh.outputs[0].token_ids == output.outputs[0].token_ids
 
 
-LAYERS = [f"model.layers.{number}.self_attn.attn" for number in range(30)]
+def layers(count: int) -> list[str]:
+    return [f"model.layers.{number}.self_attn.attn" for number in range(count)]
+
+
+LAYERS = layers(30)
 
 
 def save_profile(path: Path, by_layer: list[float], **more: Any) -> str:
-    """A profile for the model of these tests, as the server is told of it."""
-    shape = DecodeShape("LlamaForCausalLM", heads=9, kv_heads=3, head_dim=64)
-    details: dict[str, Any] = {
-        "stage": "decode", "model": "smollm2", "inputs": "none", "quantity": "error", "target": 0.1,
-        "refresh_interval": 0, "shape": shape, "thresholds": dict(zip(LAYERS, by_layer, strict=True)), "reached": {},
-    }  # fmt: skip
-    DecodeCalibration(**details | more).save(path)
+    """A profile, for the model of these tests unless `more` says else, as the server is told of it."""
+    smollm2 = {"model": "smollm2", "shape": DecodeShape("LlamaForCausalLM", heads=9, kv_heads=3, head_dim=64)}
+    make_profile(dict(zip(layers(len(by_layer)), by_layer, strict=True)), **smollm2 | more).save(path)
     return str(path)
 
 

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lite_attention.calibration import DecodeCalibration
-from lite_attention.costs import DecodeShape
 from lite_attention.serving.params import (
     DENSE,
     DenoiseOptions,
@@ -20,6 +19,7 @@ from lite_attention.serving.params import (
     parse_request,
     parse_request_lenient,
 )
+from tests.profiles import make_profile
 
 SERVER = ServerOptions()
 KNOWN = (
@@ -32,17 +32,8 @@ KNOWN = (
 
 
 def profile(*thresholds: float, refresh_interval: int = 0) -> DecodeCalibration:
-    return DecodeCalibration(
-        stage="decode",
-        model="some/model",
-        inputs="none",
-        quantity="error",
-        target=0.1,
-        refresh_interval=refresh_interval,
-        shape=DecodeShape("Some", 4, 2, 16),
-        thresholds={f"layer {number}": threshold for number, threshold in enumerate(thresholds)},
-        reached={},
-    )
+    by_layer = {f"layer {number}": threshold for number, threshold in enumerate(thresholds)}
+    return make_profile(by_layer, refresh_interval=refresh_interval)
 
 
 PROFILES = {"careful": profile(-8, -6), "fast": profile(-3, -math.inf, refresh_interval=9), "dense": profile(-math.inf)}
