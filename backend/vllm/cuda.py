@@ -281,8 +281,7 @@ class LiteAttentionImpl(FlashAttentionImpl):
             size = part.stop - part.start
             lse = self.launches.lse[: size * self.num_heads].view(size, self.num_heads)
             checked = [row for row in rows.checked if part.start <= row < part.stop]
-            if checked:
-                visited = -rows.visited[checked]
+            visited_before = rows.visited[checked] if checked else None
             decode_into(
                 out[part],
                 lse,
@@ -300,11 +299,11 @@ class LiteAttentionImpl(FlashAttentionImpl):
                 self.scale,
                 self.launches.workspace,
             )
-            if checked:
+            if visited_before is not None:
                 assert rows.errors is not None
                 errors = rows.errors[already_checked:][: len(checked)]
                 already_checked += len(checked)
-                visited += rows.visited[checked]
+                visited = rows.visited[checked] - visited_before
                 of_rows = out[checked], lse[[row - first for row in checked]], visited, query[checked]
                 at = rows.block_table[checked], rows.seq_lens[checked], rows.slots[checked]
                 add_errors(errors, self.state, *of_rows, keys, values, *at, self.scale)

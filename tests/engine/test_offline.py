@@ -155,10 +155,10 @@ def test_requests_with_profiles_get_together_what_they_get_alone(engine: Callabl
         "last": save_profile(tmp_path / "last.toml", [-9.0] * 15 + [-2.0] * 15, refresh_interval=7),
     }
     lite_attn = {"profiles": profiles, "profile": "last"}
-    settings = {"dtype": "float32", "block_size": 32, "max_num_batched_tokens": 256, "num_gpu_blocks_override": 45}
+    settings = {"dtype": "float32", "block_size": 32, "max_num_batched_tokens": 256, "num_gpu_blocks_override": 56}
     settings |= {"max_model_len": 1400}
     jobs = [
-        Job(100 + 23 * place, options, max_tokens=60, start=170 * place)
+        Job(100 + 23 * place, options, max_tokens=48, start=170 * place)
         for place, options in enumerate(
             [{"lite_attn_profile": name} for name in profiles] + [{}, skipping(-4), DENSE]
             + [{"lite_attn_profile": name} for name in profiles]
