@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -263,8 +264,17 @@ def _show(thresholds: Mapping[str, float], reached: Mapping[str, Cost], checked:
     if checked is not None:
         for title in ("error, --check", "dropped", "skipped"):
             table.add_column(title)
-    for layer, threshold in thresholds.items():
+    for name, (layer, threshold) in zip(_short(list(thresholds)), thresholds.items(), strict=True):
         costs = [reached[layer], *([checked[layer]] if checked else [])]
         numbers = [f"{number:.2%}" for cost in costs for number in (cost.error, cost.dropped, cost.sparsity)]
-        table.add_row(layer, f"{threshold:.2f}", *numbers)
+        table.add_row(name, f"{threshold:.2f}", *numbers)
     Console().print(table)
+
+
+def _short(names: list[str]) -> list[str]:
+    """Names without the parts between dots that are the same in all."""
+    split = [name.split(".") for name in names]
+    if len({len(parts) for parts in split}) > 1 or len(names) < 2:
+        return names
+    differs = [len(set(parts)) > 1 for parts in zip(*split, strict=True)]
+    return [".".join(itertools.compress(parts, differs)) for parts in split]

