@@ -86,8 +86,8 @@ def _profiles(value: Any) -> dict[str, DecodeCalibration]:
         raise ValueError("expected a table with a file of lite-attention calibrate for each name")
     profiles = {}
     for name, file in value.items():
-        if not isinstance(name, str) or not isinstance(file, str | DecodeCalibration):
-            raise ValueError(f"expected a file of lite-attention calibrate for each name, got {_shown(file)}")
+        if not (isinstance(name, str) and name) or not isinstance(file, str | DecodeCalibration):
+            raise ValueError(f"expected a file of lite-attention calibrate for each name, got {_shown({name: file})}")
         try:
             profiles[name] = file if isinstance(file, DecodeCalibration) else DecodeCalibration.load(file)
         except (OSError, ValueError) as error:

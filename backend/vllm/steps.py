@@ -33,8 +33,8 @@ MAX_KEPT_REQUESTS = 65536
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
-REPLAY = "replay"
-"""The profile of requests that are replayed."""
+REPLAY = ""
+"""The profile of requests that are replayed; a server's have names."""
 
 
 class Wave:

@@ -100,7 +100,8 @@ def test_files_of_profiles_are_read_and_refused_with_the_reason(tmp_path: Path) 
             r"lite_attn\.profiles: 'a': calibration .*bad\.toml: model: Field required",
         ),
         ({"a": str(tmp_path / "none.toml")}, r"'a': .*No such file.*none\.toml"),
-        ({"a": 3}, r"expected a file of lite-attention calibrate for each name, got 3"),
+        ({"a": 3}, r"expected a file of lite-attention calibrate for each name, got {'a': 3}"),
+        ({"": str(tmp_path / "careful.toml")}, r"expected a file of lite-attention calibrate for each name, got {'':"),
         ("careful", r"expected a table with a file"),
     ):
         with pytest.raises(ValueError, match=message):
