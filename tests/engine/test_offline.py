@@ -155,10 +155,10 @@ def test_requests_with_profiles_get_together_what_they_get_alone(engine: Callabl
         "last": save_profile(tmp_path / "last.toml", [-9.0] * 15 + [-2.0] * 15, refresh_interval=7),
     }
     lite_attn = {"profiles": profiles, "profile": "last"}
-    settings = {"dtype": "float32", "block_size": 32, "max_num_batched_tokens": 256, "num_gpu_blocks_override": 56}
-    settings |= {"max_model_len": 1400}
+    settings = {"dtype": "float32", "block_size": 32, "max_num_batched_tokens": 256, "num_gpu_blocks_override": 32}
+    settings |= {"max_model_len": 900}
     jobs = [
-        Job(100 + 23 * place, options, max_tokens=48, start=170 * place)
+        Job(40 + 23 * place, options, max_tokens=60, start=170 * place)
         for place, options in enumerate(
             [{"lite_attn_profile": name} for name in profiles] + [{}, skipping(-4), DENSE]
             + [{"lite_attn_profile": name} for name in profiles]
@@ -166,9 +166,9 @@ def test_requests_with_profiles_get_together_what_they_get_alone(engine: Callabl
     ]  # fmt: skip
     with engine("LITE_ATTN", additional_config={"lite_attn": lite_attn}, **settings) as lite:
         alone = [lite.tokens([job])[0] for job in jobs]
-        same_prompt = [Job(500, options, max_tokens=40) for options in ({"lite_attn_profile": "uniform"}, skipping(-4))]
+        same_prompt = [Job(500, options, max_tokens=24) for options in ({"lite_attn_profile": "uniform"}, skipping(-4))]
         assert lite.tokens([same_prompt[0]]) == lite.tokens([same_prompt[1]])
-        first = lite.generate([Job(1200, {"lite_attn_profile": "first"})])[0]
+        first = lite.generate([Job(850, {"lite_attn_profile": "first"})])[0]
         assert 0.3 < first.lite_attn["sparsity"] < 0.5  # half of the layers read everything
         with pytest.raises(ValueError, match="lite_attn_profile: expected one of uniform, first, last, got 'second'"):
             lite.generate([Job(20, {"lite_attn_profile": "second"})])
