@@ -61,7 +61,7 @@ class LiteMetadataBuilder(CPUAttentionMetadataBuilder):
         impls = support.impls_of(vllm_config, layer_names, LiteAttentionImpl)
         self.reason = self._layout_reason() or support.group_reason(impls, len(layer_names), self.block_size)
         self.kv_heads = sum(impl.num_kv_heads for impl in impls)
-        number_layers(vllm_config)
+        support.check_profiles(vllm_config, number_layers(vllm_config))
         state_bytes = sum(impl.state.memory_bytes() for impl in impls if impl.state)
         support.report(vllm_config, layer_names, self.reason, state_bytes, kernels.status())
 

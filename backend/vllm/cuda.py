@@ -103,6 +103,7 @@ class LiteMetadataBuilder(FlashAttentionMetadataBuilder):
         self.kv_heads = sum(impl.num_kv_heads for impl in impls)
         state_bytes = sum(impl.state.memory_bytes() for impl in impls if impl.state)
         layers = number_layers(vllm_config)
+        support.check_profiles(vllm_config, layers)
         if self.reason is None:
             shared: launches.Launches = impls[0].launches
             self.fields = shared.fields(len(layers))

@@ -191,8 +191,6 @@ def _tracker_of(runner: Any) -> steps.StepTracker:
     if tracker is None:
         config = runner.vllm_config
         server, layers = support.server_options(config), state.number_layers(config)
-        if layers:  # else nothing skips, which is said at start-up
-            support.check_profiles(server, config, layers)
         rank = config.parallel_config.rank
         counts_rows = rank % config.parallel_config.tensor_parallel_size == 0
         tracker = runner.lite_attn_tracker = steps.create_tracker(

@@ -174,6 +174,7 @@ def test_requests_with_profiles_get_together_what_they_get_alone(engine: Callabl
             lite.generate([Job(20, {"lite_attn_profile": "second"})])
     checking = {"lite_attn": lite_attn | {"check_share": 0.5}}
     with engine("LITE_ATTN", additional_config=checking, **settings) as lite:
+        lite.tokens([Job(20, DENSE, max_tokens=1)])
         preempted = count_preemptions(lite)
         assert lite.tokens(jobs) == alone
         assert preempted() > 0
