@@ -21,13 +21,17 @@ SCRATCH_SLOT = 0
 
 @dataclass(frozen=True, slots=True)
 class DecodeToken:
-    """How the decode operator computes one token of one request."""
+    """How the decode operator computes one token of one request.
+
+    With a profile, each layer has the threshold that it says.
+    """
 
     request_id: str
     position: int
     slot: int
     threshold: float
     visit_all: bool
+    profile: str | None = None
 
 
 @dataclass(slots=True)
@@ -103,7 +107,7 @@ class RequestTable:
             or (options.refresh_interval > 0 and step % options.refresh_interval == 0)
         )
         request.next_position = position + 1
-        return DecodeToken(request_id, position, request.slot, options.threshold, visit_all)
+        return DecodeToken(request_id, position, request.slot, options.threshold, visit_all, options.profile)
 
     def _take_slot(self, batch: Collection[str]) -> int:
         if not self._free:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+@cache  # slow to ask for, and a benchmark may write its result again and again
 def _machine() -> dict[str, Any]:
     machine: dict[str, Any] = {"processor": _processor(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():

@@ -54,6 +54,26 @@ def text_needle(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def text_calibration(result: dict[str, Any]) -> str:
+    setup = result["setup"]
+    pieces, texts, others = setup["pieces"], setup["texts"], setup["held_out"]
+    lines = [
+        f"{setup['model']} in vLLM, {setup['dtype']}: thresholds found behind {pieces * len(texts)} prompts of "
+        f"{setup['context']:,} tokens ({', '.join(texts)}), and what they cost behind {pieces * len(others)} of other "
+        f"texts ({', '.join(others)}), answers of {setup['max_tokens']} tokens; means over the layers "
+        "(`benchmarks/quality/text/calibrate.py`):",
+        "",
+        f"| target | reached | on the other texts | layers within {setup['within']:.0%} of it | blocks skipped |",
+        "|---" * 5 + "|",
+    ]
+    lines += [
+        f"| {row['quantity']} = {row['target']:g} | {row['reached']:.3f} | {row['held_out']:.3f} | "
+        f"{row['layers_within']:.0%} | {row['sparsity']:.0%} |"
+        for row in result["rows"]
+    ]
+    return "\n".join(lines)
+
+
 def decode_time(result: dict[str, Any]) -> str:
     machine, setup = result["machine"], result["setup"]
     shapes = list(dict.fromkeys(row["shape"] for row in result["rows"]))
@@ -196,6 +216,7 @@ def _times(speed: float | None) -> str:
 RESULTS = {
     text_quality: "text_quality",
     text_needle: "text_needle",
+    text_calibration: "text_calibration",
     decode_time: "decode_time",
     decode_time_cuda: "decode_time_cuda",
     engine_time: "engine_time",

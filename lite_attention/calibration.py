@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lite_attention.costs import Cost, Meter, Shape
+from lite_attention.costs import Cost, DecodeShape, Meter, Shape
 from lite_attention.options import Rule
 
 Quantity = Literal["error", "dropped", "sparsity"]
@@ -66,14 +66,14 @@ def _log(quantity: Quantity, value: float) -> float:
     return math.log2(value / (1.0 - value))
 
 
-class Calibration(BaseModel):
+class _Calibration(BaseModel):
     """Thresholds of a model's layers, and how they were found; kept in a TOML file.
 
     Attributes:
         model: what it was found on, as the user called it.
         inputs: on which inputs, likewise.
         quantity, target: what each layer's cost was to be.
-        rule, refresh_interval: how layers skip; see `LiteAttention`.
+        refresh_interval: every so many steps all blocks are visited; 0 for never.
         reached: each layer's cost in the last run.
         thresholds: of each layer.
     """
@@ -85,9 +85,7 @@ class Calibration(BaseModel):
     inputs: str
     quantity: Quantity
     target: float
-    rule: Rule
-    refresh_interval: int
-    shape: Shape
+    refresh_interval: Annotated[int, Field(ge=0)]
     thresholds: dict[str, Annotated[float, Field(le=0)]]
     reached: dict[str, Cost]
 
@@ -106,7 +104,8 @@ class Calibration(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join(map(str, first["loc"]))
-            raise ValueError(f"calibration {path}: {place}: {first['msg']}, got {first['input']!r}") from None
+            got = "nothing" if first["type"] == "missing" else repr(first["input"])
+            raise ValueError(f"calibration {path}: {place}: {first['msg']}, got {got}") from None
 
     def save(self, path: str | Path) -> None:
         """Writes the file."""
@@ -128,6 +127,41 @@ class Calibration(BaseModel):
         """What was reached, mean over the layers."""
         costs = [astuple(cost) for cost in self.reached.values()]
         return Cost(*(sum(numbers) / len(costs) for numbers in zip(*costs, strict=True)))
+
+
+class Calibration(_Calibration):
+    """For the denoising steps of a model, `lite_attention.LiteAttention`.
+
+    Attributes:
+        rule: how layers skip.
+        shape: of the attention of each layer.
+    """
+
+    stage: Literal["forward"] = "forward"
+    rule: Rule
+    shape: Shape
+
+
+class DecodeCalibration(_Calibration):
+    """For the decode steps of a language model; a profile of a server.
+
+    Attributes:
+        shape: of the model.
+    """
+
+    stage: Literal["decode"]
+    shape: DecodeShape
+
+    def check_shape(self, shape: DecodeShape) -> None:
+        """Raises ValueError unless a model is of the shape that this was found for."""
+        if shape != self.shape:
+            raise ValueError(f"calibration: expected {self.shape}, as it was made for ({self.model}), got {shape}")
+
+    @property
+    def mean_threshold(self) -> float:
+        """Mean over the layers that skip; -inf where none does."""
+        finite = [threshold for threshold in self.thresholds.values() if threshold > -math.inf]
+        return sum(finite) / len(finite) if finite else -math.inf
 
 
 def search(
@@ -221,6 +255,11 @@ def find(
         rule=rule,
         refresh_interval=refresh_interval,
         shape=cast(Shape, shapes.pop()),
-        thresholds={layer: round(threshold, 4) for layer, threshold in thresholds.items()},
+        thresholds=rounded(thresholds),
         reached=dict(reached),
     )
+
+
+def rounded(thresholds: Mapping[str, float]) -> dict[str, float]:
+    """As a file keeps them."""
+    return {layer: round(threshold, 4) for layer, threshold in thresholds.items()}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # slow to import, and a server's options are checked before an engine needs it
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,19 @@ class Cost:
     error: float
     dropped: float
     sparsity: float
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """Of the model whose decode steps thresholds were found for, all tensor-parallel ranks together."""
+
+    architecture: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.architecture} with {self.heads} query and {self.kv_heads} KV heads of {self.head_dim}"
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,13 @@ class Meter:
         self._calls = 0
 
     def add(
-        self, out: Tensor, lse: Tensor, dense: Tensor, dense_lse: Tensor, sparsity: Tensor | float, shape: Shape
+        self,
+        out: Tensor,
+        lse: Tensor,
+        dense: Tensor,
+        dense_lse: Tensor,
+        sparsity: Tensor | float,
+        shape: Shape | None = None,
     ) -> None:
         """Note a call.
 
@@ -53,7 +73,10 @@ class Meter:
             out: (batch, tokens_q, heads, head_dim), of skipping attention; ``dense`` of dense attention.
             lse: float32 (batch, heads, tokens_q) of the visited scores, ``dense_lse`` of all; natural log.
             sparsity: share of pairs that was skipped.
+            shape: kept, where thresholds hold for no other.
         """
+        import torch
+
         difference = (out.float() - dense.float()).square().sum(dtype=torch.float64)
         norm = dense.float().square().sum(dtype=torch.float64)
         dropped = -torch.expm1((lse - dense_lse).clamp(max=0.0)).mean(dtype=torch.float64)
@@ -64,10 +87,10 @@ class Meter:
 
     def read(self) -> Cost:
         """What was noted since the last time, and begin anew; zeros where nothing was."""
-        if not isinstance(self._sums, Tensor):
+        sums, calls = self._sums, self._calls
+        if isinstance(sums, float):
             return Cost(error=0.0, dropped=0.0, sparsity=0.0)
-        difference, norm, dropped, share = self._sums.tolist()
-        calls = self._calls
+        difference, norm, dropped, share = sums.tolist()
         self._sums, self._calls = 0.0, 0
         error = math.sqrt(difference / norm) if norm else 0.0
         return Cost(error=error, dropped=dropped / calls, sparsity=share / calls)

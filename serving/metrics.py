@@ -6,6 +6,8 @@ it is scraped. Nothing waits for anything: a scrape may see a step half counted.
 
 from __future__ import annotations
 
+import bisect
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,14 +18,21 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import REGISTRY, CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 LOWEST_BUCKET: Final = -32
 
 THRESHOLD_BUCKETS: Final = tuple(str(-bucket) for bucket in range(1 - LOWEST_BUCKET))
 """Label values: the threshold rounded to a whole number; "-32" holds all lower ones too."""
+
+ERROR_BOUNDS: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, math.inf)
+"""Upper ends of the buckets of the errors of checked tokens."""
+
+_ERROR_UNIT = 1e-9  # errors are added up as whole numbers of it
+_LARGEST_ERROR = 1000.0
 
 FALLBACK_REASONS: Final = (
     "sliding_window",
@@ -47,14 +56,16 @@ FALLBACK_REASONS: Final = (
 Counts = NDArray[np.int64]
 
 # A counter file is an array of int64: the layout's mark, three gauges, then these groups of counters.
-_MARK = 0x4C495445_0002
+_MARK = 0x4C495445_0003
 _SLOTS, _ACTIVE_SLOTS, _STATE_BYTES = range(1, 4)
 _HEADER = 4
 _ROWS = slice(_HEADER, _HEADER + len(THRESHOLD_BUCKETS))
 _VISITED = slice(_ROWS.stop, _ROWS.stop + len(THRESHOLD_BUCKETS))
 _TOTAL = slice(_VISITED.stop, _VISITED.stop + len(THRESHOLD_BUCKETS))
 _FALLBACKS = slice(_TOTAL.stop, _TOTAL.stop + len(FALLBACK_REASONS))
-_LENGTH = _FALLBACKS.stop
+_CHECKED = slice(_FALLBACKS.stop, _FALLBACKS.stop + len(THRESHOLD_BUCKETS) * len(ERROR_BOUNDS))
+_ERRORS = slice(_CHECKED.stop, _CHECKED.stop + len(THRESHOLD_BUCKETS))
+_LENGTH = _ERRORS.stop
 
 
 def bucket_index(threshold: float) -> int:
@@ -64,7 +75,10 @@ def bucket_index(threshold: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What was counted, by place in THRESHOLD_BUCKETS and FALLBACK_REASONS."""
+    """What was counted, by place in THRESHOLD_BUCKETS and FALLBACK_REASONS.
+
+    `checked` is of tokens by THRESHOLD_BUCKETS and ERROR_BOUNDS, `errors` the sum of their errors.
+    """
 
     slots: int
     active_slots: int
@@ -73,6 +87,8 @@ class Snapshot:
     blocks_visited: Counts
     blocks_total: Counts
     fallback_rows: Counts
+    checked: Counts
+    errors: NDArray[np.float64]
 
     @classmethod
     def of(cls, values: Counts) -> Self:
@@ -84,6 +100,8 @@ class Snapshot:
             values[_VISITED],
             values[_TOTAL],
             values[_FALLBACKS],
+            values[_CHECKED].reshape(len(THRESHOLD_BUCKETS), len(ERROR_BOUNDS)),
+            (values[_ERRORS] * _ERROR_UNIT).astype(np.float64),
         )
 
 
@@ -120,6 +138,14 @@ class StepCounters:
     def add_fallback(self, reason: str, rows: int) -> None:
         """Decode rows that stock attention computed although they asked for skipping."""
         self._values[_FALLBACKS.start + FALLBACK_REASONS.index(reason)] += rows
+
+    def add_error(self, threshold: float, error: float) -> None:
+        """A decode row with this threshold was also computed dense, and differed by so much."""
+        error = error if error < _LARGEST_ERROR else _LARGEST_ERROR  # of outputs that are not finite, too
+        bucket = bucket_index(threshold)
+        place = bucket * len(ERROR_BOUNDS) + bisect.bisect_left(ERROR_BOUNDS, error)
+        self._values[_CHECKED.start + place] += 1
+        self._values[_ERRORS.start + bucket] += round(error / _ERROR_UNIT)
 
     def set_active_slots(self, slots: int) -> None:
         self._values[_ACTIVE_SLOTS] = slots
@@ -188,6 +214,17 @@ class LiteAttnCollector(Collector):
         for reason, rows in zip(FALLBACK_REASONS, counted.fallback_rows, strict=True):
             fallbacks.add_metric([reason], int(rows))
         yield fallbacks
+        errors = HistogramMetricFamily(
+            "lite_attn_output_error",
+            "Relative L2 error of the attention output of checked decode rows, mean over layers.",
+            labels=["threshold"],
+        )
+        for label, counts, total in zip(THRESHOLD_BUCKETS, counted.checked, counted.errors, strict=True):
+            if counts.any():
+                bounds = [floatToGoString(bound) for bound in ERROR_BOUNDS]
+                buckets = [(bound, int(count)) for bound, count in zip(bounds, counts.cumsum(), strict=True)]
+                errors.add_metric([label], buckets, float(total))
+        yield errors
         yield GaugeMetricFamily("lite_attn_active_slots", "Sequences that hold skip state.", counted.active_slots)
         yield GaugeMetricFamily("lite_attn_slots", "Sequences that can hold skip state.", counted.slots)
         yield GaugeMetricFamily(

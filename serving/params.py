@@ -14,6 +14,8 @@ from typing import Annotated, Any, Final, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from lite_attention.calibration import DecodeCalibration
+
 PREFIX: Final = "lite_attn_"
 CONFIG_KEY: Final = "lite_attn"
 MAX_THRESHOLD_SIZE: Final = 1000.0
@@ -21,6 +23,7 @@ MAX_STEPS: Final = 1_000_000
 
 _MAX_SHOWN_CHARS = 80
 _MAX_SHOWN_ERRORS = 4
+_MAX_SHOWN_NAMES = 20
 
 
 class LiteParamError(ValueError):
@@ -66,12 +69,40 @@ def _steps(value: Any) -> int:
     raise ValueError(f"expected a whole number from 0 to {MAX_STEPS}")
 
 
+def _share(value: Any) -> float:
+    if _is_number(value) and 0 <= value <= 1:
+        return float(value)
+    raise ValueError("expected a number from 0 to 1")
+
+
+def _name(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise ValueError("expected the name of a profile")
+
+
+def _profiles(value: Any) -> dict[str, DecodeCalibration]:
+    if not isinstance(value, Mapping):
+        raise ValueError("expected a table with a file of lite-attention calibrate for each name")
+    profiles = {}
+    for name, file in value.items():
+        if not (isinstance(name, str) and name) or not isinstance(file, str | DecodeCalibration):
+            raise ValueError(f"expected a file of lite-attention calibrate for each name, got {_shown({name: file})}")
+        try:
+            profiles[name] = file if isinstance(file, DecodeCalibration) else DecodeCalibration.load(file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{_shown(name)}: {error}") from None
+    return profiles
+
+
 Threshold = Annotated[float, BeforeValidator(_threshold)]
 Switch = Annotated[bool, BeforeValidator(_switch)]
 Steps = Annotated[int, BeforeValidator(_steps)]
+Share = Annotated[float, BeforeValidator(_share)]
+Name = Annotated[str | None, BeforeValidator(_name)]
 
 
-class RequestOptions(BaseModel):
+class SkipOptions(BaseModel):
     """How one sequence skips.
 
     `threshold` is log2 of a share of the softmax, zero or less; -inf never skips. All blocks are visited in
@@ -90,7 +121,16 @@ class RequestOptions(BaseModel):
         return self.enable and self.threshold > -math.inf
 
 
-class DenoiseOptions(RequestOptions):
+class RequestOptions(SkipOptions):
+    """How one request to a language model skips, and by which of the server's profiles; None for no profile.
+
+    With a profile `threshold` is the mean of its layers', as far as they skip.
+    """
+
+    profile: Name = None
+
+
+class DenoiseOptions(SkipOptions):
     """How one generation of a diffusion model skips; steps are denoising steps.
 
     The last `cooldown_steps` are dense, as the first `warmup_steps` are.
@@ -99,15 +139,15 @@ class DenoiseOptions(RequestOptions):
     cooldown_steps: Steps
 
 
-Options = TypeVar("Options", bound=RequestOptions)
+Options = TypeVar("Options", bound=SkipOptions)
 
 DENSE: Final = RequestOptions(threshold=-math.inf, enable=False, refresh_interval=0, warmup_steps=0)
 
 
-class ServerOptions(RequestOptions):
+class _ServerOptions(SkipOptions):
     """What a request gets that does not say, and the highest threshold that a request may ask for."""
 
-    threshold: Threshold = -7.5
+    threshold: Threshold = -math.inf
     enable: Switch = True
     refresh_interval: Steps = 0
     warmup_steps: Steps = 0
@@ -126,16 +166,46 @@ class ServerOptions(RequestOptions):
             options = cls.model_validate(dict(given))
         except ValidationError as error:
             raise ValueError(_describe(error, f"{place}.", cls)) from None
-        if options.max_threshold is not None and options.threshold > options.max_threshold:
-            raise ValueError(
-                f"{place}.threshold: expected at most {place}.max_threshold = {options.max_threshold}, "
-                f"got {options.threshold}"
-            )
+        options.check(f"{place}.")
         return options
 
+    def check(self, prefix: str) -> None:
+        """Raises ValueError where options contradict each other; it names them behind `prefix`."""
+        if self.max_threshold is not None and self.threshold > self.max_threshold:
+            limit = f"{prefix}max_threshold = {self.max_threshold}"
+            raise ValueError(f"{prefix}threshold: expected at most {limit}, got {self.threshold}")
 
-class DenoiseServerOptions(ServerOptions):
-    """As `ServerOptions`, for diffusion models."""
+
+class ServerOptions(_ServerOptions):
+    """Of a server of a language model.
+
+    Requests may name one of `profiles`; one that names neither a profile nor a threshold gets `profile`. What skipping
+    costs is measured in a share of the decode tokens that skip, `check_share`.
+    """
+
+    threshold: Threshold = -7.5
+    profiles: Annotated[dict[str, DecodeCalibration], BeforeValidator(_profiles)] = {}
+    profile: Name = None
+    check_share: Share = 0.0
+
+    def check(self, prefix: str) -> None:
+        if self.profile is None:
+            super().check(prefix)
+            return
+        if "threshold" in self.model_fields_set:
+            raise ValueError(f"{prefix}threshold: expected none beside {prefix}profile, got {self.threshold}")
+        if self.profile not in self.profiles:
+            raise ValueError(f"{prefix}profile: expected {self.known_profiles()}, got {_shown(self.profile)}")
+
+    def known_profiles(self) -> str:
+        """The names that requests may give, as an error shows them."""
+        names = ", ".join(list(self.profiles)[:_MAX_SHOWN_NAMES])
+        more = len(self.profiles) - _MAX_SHOWN_NAMES
+        return f"one of {names}" + (f" and {more} more" if more > 0 else "") if names else "none, there are no profiles"
+
+
+class DenoiseServerOptions(_ServerOptions):
+    """Of a server of a diffusion model."""
 
     threshold: Threshold = -8.0
     cooldown_steps: Steps = 0
@@ -144,7 +214,9 @@ class DenoiseServerOptions(ServerOptions):
 def parse_request(extra_args: object, server: ServerOptions) -> RequestOptions:
     """The options of a request from its extra arguments; those that it leaves out are the server's.
 
-    Keys that do not begin with `lite_attn_` belong to others. Raises LiteParamError.
+    A request that names a profile gets its thresholds, and its refresh interval unless it asks for another one; the
+    limit of thresholds is for those that requests bring themselves. Keys that do not begin with `lite_attn_` belong to
+    others. Raises LiteParamError.
     """
     extra_args = _mapping(extra_args, "extra_args")
     given = {
@@ -152,7 +224,23 @@ def parse_request(extra_args: object, server: ServerOptions) -> RequestOptions:
         for key, value in extra_args.items()
         if isinstance(key, str) and key.startswith(PREFIX)
     }
-    return _options(RequestOptions, given, server, PREFIX)
+    name = given.get("profile", None if "threshold" in given else server.profile)
+    if not isinstance(name, str):  # none, or what validation refuses
+        return _options(RequestOptions, given | {"profile": name}, server, PREFIX, server.max_threshold)
+    if "threshold" in given:
+        message = f"expected none beside {PREFIX}profile, which says it, got {_shown(given['threshold'])}"
+        raise LiteParamError(f"{PREFIX}threshold: {message}", f"{PREFIX}threshold")
+    profile = server.profiles.get(name)
+    if profile is None:
+        message = f"{PREFIX}profile: expected {server.known_profiles()}, got {_shown(name)}"
+        raise LiteParamError(message, f"{PREFIX}profile")
+    threshold = profile.mean_threshold
+    if threshold > -math.inf:
+        threshold = max(threshold, -MAX_THRESHOLD_SIZE)
+    of_profile = {"profile": name, "threshold": threshold}
+    return _options(
+        RequestOptions, {"refresh_interval": profile.refresh_interval, **given, **of_profile}, server, PREFIX, None
+    )
 
 
 def parse_denoise_request(extra_args: object, server: DenoiseServerOptions) -> DenoiseOptions:
@@ -162,7 +250,7 @@ def parse_denoise_request(extra_args: object, server: DenoiseServerOptions) -> D
     # One that a language model would have understood must not be passed over in silence.
     unknown = {key: value for key, value in extra_args.items() if isinstance(key, str) and key.startswith(PREFIX)}
     given = {**given, **unknown}
-    return _options(DenoiseOptions, given, server, f"{CONFIG_KEY}.")
+    return _options(DenoiseOptions, given, server, f"{CONFIG_KEY}.", server.max_threshold)
 
 
 def _mapping(value: object, name: str) -> Mapping[Any, Any]:
@@ -173,15 +261,16 @@ def _mapping(value: object, name: str) -> Mapping[Any, Any]:
     return value
 
 
-def _options(model: type[Options], given: Mapping[Any, Any], server: ServerOptions, prefix: str) -> Options:
-    """Options of a request; errors name them behind `prefix`."""
+def _options(
+    model: type[Options], given: Mapping[Any, Any], server: _ServerOptions, prefix: str, limit: float | None
+) -> Options:
+    """Options of a request, with a threshold of at most `limit`; errors name them behind `prefix`."""
     defaults = {name: getattr(server, name) for name in model.model_fields}
     named = {name if isinstance(name, str) else _shown(name): value for name, value in given.items()}
     try:
         options = model.model_validate(defaults | named)
     except ValidationError as error:
         raise LiteParamError(_describe(error, prefix, model), f"{prefix}{error.errors()[0]['loc'][0]}") from None
-    limit = server.max_threshold
     if limit is not None and options.threshold > limit:
         raise LiteParamError(
             f"{prefix}threshold: expected at most {limit}, the limit of this server, got {options.threshold}",
@@ -198,7 +287,7 @@ def parse_request_lenient(extra_args: object, server: ServerOptions) -> RequestO
         return DENSE
 
 
-def _describe(error: ValidationError, prefix: str, model: type[RequestOptions]) -> str:
+def _describe(error: ValidationError, prefix: str, model: type[SkipOptions]) -> str:
     """Pydantic's errors as ours: the parameter, what was expected, what came."""
     messages = []
     for item in error.errors(include_url=False)[:_MAX_SHOWN_ERRORS]:

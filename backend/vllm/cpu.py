@@ -18,7 +18,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from lite_attention.backend.vllm import hooks, steps, support
-from lite_attention.backend.vllm.state import LayerState
+from lite_attention.backend.vllm.checks import add_errors
+from lite_attention.backend.vllm.state import LayerState, number_layers
 from lite_attention.native import cpu as kernels
 from lite_attention.tiles import ceil_div
 
@@ -60,6 +61,7 @@ class LiteMetadataBuilder(CPUAttentionMetadataBuilder):
         impls = support.impls_of(vllm_config, layer_names, LiteAttentionImpl)
         self.reason = self._layout_reason() or support.group_reason(impls, len(layer_names), self.block_size)
         self.kv_heads = sum(impl.num_kv_heads for impl in impls)
+        support.check_profiles(vllm_config, number_layers(vllm_config))
         state_bytes = sum(impl.state.memory_bytes() for impl in impls if impl.state)
         support.report(vllm_config, layer_names, self.reason, state_bytes, kernels.status())
 
@@ -182,21 +184,26 @@ class LiteAttentionImpl(CPUAttentionBackendImpl):
         keys, values = self._split(kv_cache)
         summaries = self.state.summaries_of(keys)
         by_head = output.view(-1, self.num_heads, self.head_size)
-        counts = step.plan.visited_by_wave("cpu")
-        for wave, table, count in zip(step.plan.waves, step.tables, counts, strict=True):
-            out, _, visited = torch.ops.lite_attention.decode(
-                query[wave.indices],
+        counts, errors = step.plan.visited_by_wave("cpu"), step.plan.errors_by_wave("cpu")
+        for wave, table, count, of_checked in zip(step.plan.waves, step.tables, counts, errors, strict=True):
+            queries = query[wave.indices]
+            out, lse, visited = torch.ops.lite_attention.decode(
+                queries,
                 keys,
                 values,
                 summaries,
                 table,
                 wave.seq_lens,
                 wave.slots,
-                wave.thresholds,
+                wave.thresholds[self.state.number],
                 wave.visit_all,
                 self.state.mask,
                 self.scale,
             )
             by_head[wave.indices] = out
             count += visited
+            if at := wave.checked:
+                of_rows = out[at], lse[at], visited[at], queries[at]
+                where = table[at], wave.seq_lens[at], wave.slots[at]
+                add_errors(of_checked, self.state, *of_rows, keys, values, *where, self.scale)
         return output

@@ -7,6 +7,7 @@ leaves the rows of several tokens to FlashAttention; those of one token are comp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,9 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from lite_attention.backend.vllm import hooks, launches, steps, support
+from lite_attention.backend.vllm.checks import add_errors
 from lite_attention.backend.vllm.device import upload
-from lite_attention.backend.vllm.state import LayerState
+from lite_attention.backend.vllm.state import LayerState, number_layers
 from lite_attention.decode_cuda import check_supported, decode_into
 from lite_attention.native import cuda as kernels
 from lite_attention.tiles import ceil_div
@@ -50,7 +52,10 @@ class Rows:
 
     Attributes:
         indices: (rows,) int64, place of each token in the batch; None where row n has token n.
+        thresholds: (layers, rows) float32.
         visited: (rows,) int32, added to.
+        checked: rows, in order, that are also computed dense; never in a batch that is captured.
+        errors: (checked rows, 2) float32, see `lite_attention.backend.vllm.checks.add_errors`.
     """
 
     indices: Tensor | None
@@ -60,6 +65,8 @@ class Rows:
     thresholds: Tensor
     visit_all: Tensor
     visited: Tensor
+    checked: Sequence[int] = ()
+    errors: Tensor | None = None
 
 
 @dataclass
@@ -95,9 +102,12 @@ class LiteMetadataBuilder(FlashAttentionMetadataBuilder):
             self.reason = "attn_type"
         self.kv_heads = sum(impl.num_kv_heads for impl in impls)
         state_bytes = sum(impl.state.memory_bytes() for impl in impls if impl.state)
+        layers = number_layers(vllm_config)
+        support.check_profiles(vllm_config, layers)
         if self.reason is None:
-            self.launches: launches.Launches = impls[0].launches
-            state_bytes += self.launches.memory_bytes()
+            shared: launches.Launches = impls[0].launches
+            self.fields = shared.fields(len(layers))
+            state_bytes += shared.memory_bytes() + self.fields.buffer.nbytes
         support.report(vllm_config, layer_names, self.reason, state_bytes, kernels.status())
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any) -> Any:
@@ -125,8 +135,8 @@ class LiteMetadataBuilder(FlashAttentionMetadataBuilder):
             return common, LiteStep([self._single_tokens(common, plan)])
         if plan is None:
             return common, None
-        visited = plan.visited_by_wave(self.device)
-        waves = [self._wave(common, wave, count) for wave, count in zip(plan.waves, visited, strict=True)]
+        counts = zip(plan.visited_by_wave(self.device), plan.errors_by_wave(self.device), strict=True)
+        waves = [self._wave(common, wave, *count) for wave, count in zip(plan.waves, counts, strict=True)]
         if not plan.stock_rows:
             return common, LiteStep(waves)
         first = int(common.query_start_loc_cpu[plan.stock_rows[0]])
@@ -134,21 +144,27 @@ class LiteMetadataBuilder(FlashAttentionMetadataBuilder):
 
     def _single_tokens(self, common: Any, plan: steps.StepPlan | None) -> Rows:
         """All rows of a batch, padding too, at addresses that stay the same."""
-        rows, fields = common.num_reqs, self.launches.fields
+        rows, fields = common.num_reqs, self.fields
         fields.stage(None if plan is None else plan.waves[0])
+        checked: list[int] = []
+        errors = None
         if plan is not None:
             plan.visited, plan.places = fields.visited[:rows], plan.waves[0].rows.tolist()
+            checked = [plan.places[place] for place in plan.waves[0].checked]
+            (errors,) = plan.errors_by_wave(self.device)
         return Rows(
             indices=None,
             block_table=common.block_table_tensor[:, : self._pages(self.model_config.max_model_len)],
             seq_lens=common.seq_lens,
             slots=fields.slots[:rows],
-            thresholds=fields.thresholds[:rows],
+            thresholds=fields.thresholds[:, :rows],
             visit_all=fields.visit_all[:rows],
             visited=fields.visited[:rows],
+            checked=checked,
+            errors=errors,
         )
 
-    def _wave(self, common: Any, wave: steps.Wave, visited: Tensor) -> Rows:
+    def _wave(self, common: Any, wave: steps.Wave, visited: Tensor, errors: Tensor) -> Rows:
         pages = common.block_table_tensor[:, : self._pages(int(wave.seq_lens.max()))]
         return Rows(
             indices=upload(wave.indices, self.device),
@@ -158,6 +174,8 @@ class LiteMetadataBuilder(FlashAttentionMetadataBuilder):
             thresholds=upload(wave.thresholds, self.device),
             visit_all=upload(wave.visit_all, self.device),
             visited=visited,
+            checked=wave.checked,
+            errors=errors,
         )
 
     def _pages(self, tokens: int) -> int:
@@ -258,13 +276,16 @@ class LiteAttentionImpl(FlashAttentionImpl):
         """Write (rows, heads, head_dim) of `out`; it and the query may go on behind."""
         assert self.state is not None and self.state.summaries is not None
         keys, values = self._split(kv_cache)
-        count = len(rows.slots)
+        count, already_checked = len(rows.slots), 0
         for first in range(0, count, self.rows_a_launch):
             part = slice(first, min(first + self.rows_a_launch, count))
             size = part.stop - part.start
+            lse = self.launches.lse[: size * self.num_heads].view(size, self.num_heads)
+            checked = [row for row in rows.checked if part.start <= row < part.stop]
+            visited_before = rows.visited[checked] if checked else None
             decode_into(
                 out[part],
-                self.launches.lse[: size * self.num_heads].view(size, self.num_heads),
+                lse,
                 rows.visited[part],
                 query[part],
                 keys,
@@ -273,9 +294,17 @@ class LiteAttentionImpl(FlashAttentionImpl):
                 rows.block_table[part],
                 rows.seq_lens[part],
                 rows.slots[part],
-                rows.thresholds[part],
+                rows.thresholds[self.state.number, part],
                 rows.visit_all[part],
                 self.state.mask,
                 self.scale,
                 self.launches.workspace,
             )
+            if visited_before is not None:
+                assert rows.errors is not None
+                errors = rows.errors[already_checked:][: len(checked)]
+                already_checked += len(checked)
+                visited = rows.visited[checked] - visited_before
+                of_rows = out[checked], lse[[row - first for row in checked]], visited, query[checked]
+                at = rows.block_table[checked], rows.seq_lens[checked], rows.slots[checked]
+                add_errors(errors, self.state, *of_rows, keys, values, *at, self.scale)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ class Readback:
         """Whether `values` would return at once."""
         return self._copied is None or self._copied.query()
 
-    def values(self) -> list[int]:
+    def values(self) -> list[Any]:
         """The values, waited for if need be."""
         if self._copied is not None:
             self._copied.synchronize()

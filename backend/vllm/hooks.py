@@ -13,6 +13,7 @@
 | worker, on GPUs | `Worker.determine_available_memory` | the summaries' part of the KV cache's memory |
 | worker, on GPUs | `Worker.compile_or_warm_up_model` | requests that vLLM invents to warm up are not counted |
 | worker | `WorkerBase.lite_attn_take_stats` (new) | sparsity of each request, asked for by the front end |
+| worker | `WorkerBase.lite_attn_layers`, `.lite_attn_replay`, `.lite_attn_take_costs` (new) | calibration |
 
 A wrapped attribute that is missing fails at start-up.
 """
@@ -23,11 +24,13 @@ import functools
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import astuple
 from enum import Enum
 from typing import Any
 
 from lite_attention.backend.vllm import state, steps, support
 from lite_attention.backend.wrapping import wrap
+from lite_attention.costs import Meter
 from lite_attention.serving.params import LiteParamError, ServerOptions, parse_request, parse_request_lenient
 
 _server = ServerOptions()
@@ -68,6 +71,9 @@ def install_worker_hooks() -> None:
         _wrap(runner, "_dummy_run", _dummy_run)
     _wrap(ModelRunnerV2, "prepare_attn", _prepare_attn)
     WorkerBase.lite_attn_take_stats = _take_stats
+    WorkerBase.lite_attn_layers = _layers
+    WorkerBase.lite_attn_replay = _replay
+    WorkerBase.lite_attn_take_costs = _take_costs
 
 
 def install_gpu_worker_hooks() -> None:
@@ -101,7 +107,7 @@ def _route_cpu_platform(platform: Any, member: Enum) -> None:
 
 def _read_server_options(original: Callable[..., None], self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
     global _server
-    _server = ServerOptions.from_additional_config(vllm_config.additional_config)
+    _server = support.server_options(vllm_config)
     original(self, vllm_config, *args, **kwargs)
 
 
@@ -184,11 +190,11 @@ def _tracker_of(runner: Any) -> steps.StepTracker:
     tracker = getattr(runner, "lite_attn_tracker", None)
     if tracker is None:
         config = runner.vllm_config
-        server = ServerOptions.from_additional_config(config.additional_config)
+        server, layers = support.server_options(config), state.number_layers(config)
         rank = config.parallel_config.rank
         counts_rows = rank % config.parallel_config.tensor_parallel_size == 0
         tracker = runner.lite_attn_tracker = steps.create_tracker(
-            server, support.pool_slots(config), rank, counts_rows, dense_rows=runner.device.type == "cuda"
+            server, support.pool_slots(config), rank, counts_rows, runner.device.type == "cuda", layers
         )
     return tracker
 
@@ -259,3 +265,25 @@ def _warm_up(original: Callable[..., Any], self: Any) -> Any:
 def _take_stats(worker: Any) -> dict[str, tuple[int, int]]:
     tracker = steps.tracker()
     return tracker.take_stats() if tracker is not None else {}
+
+
+def _layers(worker: Any) -> list[str]:
+    return list(_tracker_of(worker.model_runner).layers)
+
+
+def _replay(worker: Any, prompt_tokens: int | None, thresholds: dict[str, float], refresh_interval: int) -> None:
+    """Requests from now on are replayed, see `StepTracker.replay`, and measured; None for not any more."""
+    tracker = _tracker_of(worker.model_runner)
+    if prompt_tokens is None:
+        tracker.end_replay()
+        return
+    tracker.replay(prompt_tokens, thresholds, refresh_interval)
+    for layer_state in _states_of(worker.model_runner):
+        layer_state.meter = layer_state.meter or Meter()
+
+
+def _take_costs(worker: Any) -> dict[str, tuple[float, ...]]:
+    """What skipping cost each layer since the last time: error, dropped, sparsity."""
+    layers = state.skipping_layers(worker.model_runner.vllm_config)
+    costs = {name: layer.impl.state.meter.read() for name, layer in layers.items() if layer.impl.state.meter}
+    return {name: astuple(cost) for name, cost in costs.items()}

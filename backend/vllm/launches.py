@@ -22,17 +22,18 @@ class RowFields:
 
     Attributes:
         slots: (rows,) int32.
-        thresholds: (rows,) float32.
+        thresholds: (layers, rows) float32.
         visited: (rows,) int32.
         visit_all: (rows,) bool.
     """
 
-    def __init__(self, rows: int, device: torch.device | str, pinned: bool = False) -> None:
-        self.rows = rows
-        self.buffer = torch.zeros(13 * rows, dtype=torch.uint8, device=device, pin_memory=pinned)
-        slots, thresholds, visited, visit_all = self.buffer.split((4 * rows, 4 * rows, 4 * rows, rows))
+    def __init__(self, rows: int, layers: int, device: torch.device | str, pinned: bool = False) -> None:
+        self.rows, self.layers = rows, layers
+        sizes = (4 * rows, 4 * layers * rows, 4 * rows, rows)
+        self.buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=device, pin_memory=pinned)
+        slots, thresholds, visited, visit_all = self.buffer.split(sizes)
         self.slots = slots.view(torch.int32)
-        self.thresholds = thresholds.view(torch.float32).fill_(-math.inf)
+        self.thresholds = thresholds.view(torch.float32).view(layers, rows).fill_(-math.inf)
         self.visited = visited.view(torch.int32)
         self.visit_all = visit_all.view(torch.bool)
 
@@ -42,10 +43,10 @@ class RowFields:
         The copy takes its place among the work launched so far. It starts from new memory each time: the host may
         be a step ahead of the device, and the last copy still waiting.
         """
-        host = RowFields(self.rows, "cpu", pinned=self.buffer.is_cuda)
+        host = RowFields(self.rows, self.layers, "cpu", pinned=self.buffer.is_cuda)
         if wave is not None:
             host.slots[wave.rows] = wave.slots
-            host.thresholds[wave.rows] = wave.thresholds
+            host.thresholds[:, wave.rows] = wave.thresholds
             host.visit_all[wave.rows] = wave.visit_all
         self.buffer.copy_(host.buffer, non_blocking=True)
 
@@ -54,32 +55,39 @@ class Launches:
     """Shared by all layers of an engine, whose launches follow one another.
 
     Attributes:
-        fields: of the rows of a batch in which every row has one token.
+        rows: of the largest batch.
         workspace: uint8; see `lite_attention.decode_cuda.decode_into`.
         lse: float32, written by the kernel and read by nobody.
 
     Args:
         layers: the engine's layers by name; only tells engines apart.
-        rows: of the largest batch.
     """
 
     def __init__(self, layers: dict[str, Any], rows: int, device: torch.device) -> None:
-        self.layers = layers
-        self.fields = RowFields(rows, device)
+        self.layers, self.rows, self.device = layers, rows, device
+        self._fields: RowFields | None = None
         self.workspace = torch.zeros(0, dtype=torch.uint8, device=device)
         self.lse = torch.empty(0, dtype=torch.float32, device=device)
 
     def reserve(self, heads: int, kv_heads: int, head_dim: int, max_tokens: int) -> int:
         """Have memory for a layer of this shape; returns how many rows a launch of it may have."""
-        rows = min(self.fields.rows, MAX_ROWS)
+        rows = min(self.rows, MAX_ROWS)
         while rows > 1 and workspace_bytes(rows, heads, kv_heads, head_dim, max_tokens) > MAX_WORKSPACE_BYTES:
             rows = ceil_div(rows, 2)
         self.workspace = _at_least(self.workspace, workspace_bytes(rows, heads, kv_heads, head_dim, max_tokens))
         self.lse = _at_least(self.lse, rows * heads)
         return rows
 
+    def fields(self, layers: int) -> RowFields:
+        """Of the rows of a batch in which every row has one token; so many layers, which do not change."""
+        if self._fields is None:
+            with torch.inference_mode(False):  # written in that mode and outside of it
+                self._fields = RowFields(self.rows, layers, self.device)
+        assert self._fields.layers == layers
+        return self._fields
+
     def memory_bytes(self) -> int:
-        return self.fields.buffer.nbytes + self.workspace.nbytes + self.lse.nbytes
+        return self.workspace.nbytes + self.lse.nbytes
 
 
 def _at_least(tensor: Tensor, size: int) -> Tensor:

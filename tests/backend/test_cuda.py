@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,8 +24,10 @@ from lite_attention.backend.vllm import steps
 from lite_attention.backend.vllm.launches import Launches
 from lite_attention.backend.vllm.state import LayerState
 from lite_attention.backend.vllm.steps import StepTracker
+from lite_attention.serving.metrics import StepCounters, bucket_index
 from lite_attention.serving.params import ServerOptions
 from lite_attention.tiles import DECODE_BLOCK, ceil_div
+from tests.profiles import make_profile
 
 pytestmark = [
     pytest.mark.engine,
@@ -35,6 +38,11 @@ HEADS, KV_HEADS, HEAD_DIM, PAGE, ROOM = 4, 2, 16, 16, 128
 SEQUENCES, PADDED = 4, 6
 PAGES_A_SEQUENCE = ROOM // PAGE
 CHUNK = 24
+LAYERS = ("first", "second")
+PROFILES: dict[str, tuple[float, float]] = {"wild": (-1.0, -4.0), "half": (-math.inf, -2.0)}
+
+Way = float | str
+"""How a request skips: a threshold, or a profile's name."""
 
 
 @dataclass
@@ -44,7 +52,7 @@ class Request:
     name: str
     prompt: int
     tokens: int
-    threshold: float
+    way: Way
     computed: int = 0
     row: int | None = None  # of the memory that holds its pages
     preempted: bool = False
@@ -56,24 +64,37 @@ class Request:
         self.key_value = torch.randn(self.tokens, KV_HEADS, 2 * HEAD_DIM, generator=random)
 
 
-class Engine:
-    """A worker with one attention layer, and the little of a scheduler that it sees."""
+class Layer:
+    """One attention layer and its cache."""
 
-    def __init__(self, v2: bool) -> None:
+    def __init__(self, number: int, shared: Launches) -> None:
         from lite_attention.backend.vllm import cuda
 
-        self.v2 = v2
-        self.tracker = StepTracker(ServerOptions(), slots=SEQUENCES + 1, counters=None, dense_rows=True)
         self.cache = torch.zeros(1 + SEQUENCES * PAGES_A_SEQUENCE, PAGE, KV_HEADS, 2 * HEAD_DIM).transpose(1, 2)
-        shared = Launches({}, PADDED, torch.device("cpu"))
-        shared.lse = torch.empty(PADDED * HEADS)
         self.impl: Any = cuda.LiteAttentionImpl.__new__(cuda.LiteAttentionImpl)
         self.impl.num_heads, self.impl.head_size, self.impl.scale = HEADS, HEAD_DIM, HEAD_DIM**-0.5
         self.impl.state = LayerState(SEQUENCES + 1, KV_HEADS, ROOM)
+        self.impl.state.number = number
         self.impl.launches, self.impl.rows_a_launch = shared, 3
         self.impl.allocate_summaries(self.cache)
+
+
+class Engine:
+    """A worker with two attention layers, and the little of a scheduler that it sees."""
+
+    def __init__(self, v2: bool, counters: StepCounters | None = None, **server: Any) -> None:
+        from lite_attention.backend.vllm import cuda
+
+        self.v2 = v2
+        profiles = {name: make_profile(dict(zip(LAYERS, by, strict=True))) for name, by in PROFILES.items()}
+        options = ServerOptions(profiles=profiles, **server)
+        self.tracker = StepTracker(options, SEQUENCES + 1, counters, dense_rows=True, layers=LAYERS)
+        shared = Launches({}, PADDED, torch.device("cpu"))
+        shared.lse = torch.empty(PADDED * HEADS)
+        self.layers = [Layer(number, shared) for number in range(len(LAYERS))]
         self.builder: Any = cuda.LiteMetadataBuilder.__new__(cuda.LiteMetadataBuilder)
-        self.builder.reason, self.builder.kv_heads, self.builder.launches = None, KV_HEADS, shared
+        self.builder.reason, self.builder.kv_heads = None, KV_HEADS * len(LAYERS)
+        self.builder.fields = shared.fields(len(LAYERS))
         self.builder.block_size, self.builder.device = PAGE, torch.device("cpu")
         self.builder.model_config = SimpleNamespace(max_model_len=ROOM)
         self.known: set[str] = set()
@@ -112,7 +133,8 @@ class Engine:
             self.run([(requests[name], count) for name, count in batch.items()])
 
     def new(self, request: Request) -> SimpleNamespace:
-        params = SimpleNamespace(extra_args={"lite_attn_threshold": request.threshold})
+        name = "lite_attn_profile" if isinstance(request.way, str) else "lite_attn_threshold"
+        params = SimpleNamespace(extra_args={name: request.way})
         return SimpleNamespace(
             req_id=request.name,
             sampling_params=params,
@@ -147,10 +169,13 @@ class Engine:
         pad = [torch.zeros(HEADS, HEAD_DIM)] * padding
         query = torch.stack([request.query[position] for request, position in tokens] + pad)
         added = torch.stack([request.key_value[position] for request, position in tokens])
-        self.impl.do_kv_cache_update(None, added, added, self.cache, common.slot_mapping)
-        output = torch.full_like(query, math.nan)
-        self.impl.forward(None, query, None, None, self.cache, metadata, output)
-        for (request, position), out in zip(tokens, output, strict=False):
+        outputs = []
+        for layer in self.layers:
+            layer.impl.do_kv_cache_update(None, added, added, layer.cache, common.slot_mapping)
+            output = torch.full_like(query, math.nan)
+            layer.impl.forward(None, query, None, None, layer.cache, metadata, output)
+            outputs.append(output)
+        for (request, position), out in zip(tokens, torch.stack(outputs, 1), strict=False):
             known = request.outputs.setdefault(position, out)
             assert torch.allclose(known, out, atol=1e-5), "computed again, another result"
         for request, count in batch:
@@ -185,8 +210,9 @@ def stock_update(self: Any, layer: Any, key: Tensor, value: Tensor, cache: Tenso
 
 def decode_into(out: Tensor, lse: Tensor, visited: Tensor, *arguments: Any) -> None:
     *inputs, _workspace = arguments
-    computed, _, blocks = reference.decode(*inputs)
+    computed, computed_lse, blocks = reference.decode(*inputs)
     out.copy_(computed)
+    lse.copy_(computed_lse)
     visited += blocks
 
 
@@ -206,7 +232,7 @@ def stand_ins() -> Iterator[None]:
 
 def alone(request: Request) -> dict[int, Tensor]:
     """Outputs of a request that is served alone, its prompt in one piece and then a token a step."""
-    copy = Request(request.name, request.prompt, request.tokens, request.threshold)
+    copy = Request(request.name, request.prompt, request.tokens, request.way)
     engine = Engine(v2=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "_tracker", engine.tracker)
@@ -215,16 +241,19 @@ def alone(request: Request) -> dict[int, Tensor]:
     return copy.outputs
 
 
-SHAPES = st.tuples(st.integers(1, 90), st.integers(1, 20), st.sampled_from([-math.inf, -1.0, -3.0, -5.0]))
-"""Of requests: tokens of the prompt, tokens behind it, threshold."""
+WAYS: list[Way] = [-math.inf, -1.0, -3.0, -5.0, *PROFILES]
+SHAPES = st.tuples(st.integers(1, 90), st.integers(1, 20), st.sampled_from(WAYS))
+"""Of requests: tokens of the prompt, tokens behind it, how it skips."""
 
 
 @settings(max_examples=25, deadline=None)
-@given(data=st.data(), v2=st.booleans())
-def test_whatever_is_served_beside_it_a_request_gets_what_it_gets_alone(data: st.DataObject, v2: bool) -> None:
+@given(data=st.data(), v2=st.booleans(), check_share=st.sampled_from([0, 0.4, 1]))
+def test_whatever_is_served_beside_it_a_request_gets_what_it_gets_alone(
+    data: st.DataObject, v2: bool, check_share: float
+) -> None:
     shapes = data.draw(st.lists(SHAPES, min_size=1, max_size=5))
     requests = {f"r{n}": Request(f"r{n}", prompt, prompt + more, at) for n, (prompt, more, at) in enumerate(shapes)}
-    engine, blocks = Engine(v2), 0
+    engine, blocks = Engine(v2, check_share=check_share), 0
     ended: set[str] = set()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "_tracker", engine.tracker)
@@ -246,7 +275,8 @@ def test_whatever_is_served_beside_it_a_request_gets_what_it_gets_alone(data: st
                 batch[name] = 1 if left <= 0 else min(left, data.draw(st.integers(1, CHUNK)))
                 first = max(request.computed, request.prompt)
                 for position in range(first, request.computed + batch[name]):
-                    blocks += KV_HEADS * ceil_div(position + 1, DECODE_BLOCK) * (request.threshold > -math.inf)
+                    of_layer = KV_HEADS * ceil_div(position + 1, DECODE_BLOCK)
+                    blocks += len(LAYERS) * of_layer * (request.way != -math.inf)
             if batch:
                 engine.step(batch, requests, done, preempted)
             ended |= done
@@ -293,15 +323,48 @@ def test_a_builder_that_is_asked_about_pieces_of_requests_makes_no_plan() -> Non
     assert {name for name, _ in engine.tracker.take_stats().items()} == set(requests)
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_checked_tokens_say_what_skipping_cost_them(together: bool, tmp_path: Path) -> None:
+    """Alone a request's tokens are launched as a batch of single tokens, beside a prompt as a wave."""
+    counters = StepCounters.create(tmp_path / "worker", slots=SEQUENCES)
+    engine = Engine(v2=True, counters=counters, check_share=1)
+    skipping, prompt = Request("a", 80, 92, "half"), Request("b", 60, 60, -1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "_tracker", engine.tracker)
+        while skipping.computed < skipping.tokens:
+            batch = {"a": max(1, skipping.prompt - skipping.computed)}
+            more = {"b": 5} if together and skipping.computed >= skipping.prompt else {}
+            engine.step(batch | more, {"a": skipping, "b": prompt}, set(), set())
+    errors = []
+    for position in range(skipping.prompt, skipping.tokens):
+        exact = attention(skipping, position)
+        of_layers = [(out - exact).norm() / exact.norm() for out in skipping.outputs[position]]
+        assert of_layers[0] < 1e-5  # the profile leaves that layer dense
+        errors.append(float(sum(of_layers) / len(of_layers)))
+    read, at = counters.read(), bucket_index(-2.0)
+    assert max(errors) > 0.05
+    assert read.checked.sum() == read.checked[at].sum() == len(errors)
+    assert math.isclose(read.errors[at], sum(errors), rel_tol=1e-3)
+
+
+def attention(request: Request, position: int) -> Tensor:
+    """Dense attention of a token, (heads, head_dim)."""
+    keys, values = request.key_value[: position + 1].split(HEAD_DIM, -1)
+    k, v = (tensor.repeat_interleave(HEADS // KV_HEADS, 1) for tensor in (keys, values))
+    scores = torch.einsum("hd,khd->hk", request.query[position], k) * HEAD_DIM**-0.5
+    return torch.einsum("hk,khd->hd", scores.softmax(-1), v)
+
+
 def test_a_run_that_serves_no_request_is_dense_and_keeps_the_state() -> None:
     engine = Engine(v2=True)
-    engine.impl.state.mask.fill_(7)
+    state = engine.layers[1].impl.state
+    state.mask.fill_(7)
     request = Request("a", 1, 3, -1.0, row=0)
     engine.run([(request, 1)])  # outside of a step
-    fields = engine.impl.launches.fields
+    fields = engine.builder.fields
     assert fields.slots.tolist() == [0] * PADDED
-    assert fields.thresholds.tolist() == [-math.inf] * PADDED
-    assert engine.impl.state.mask.unique().tolist() == [7]
+    assert fields.thresholds.tolist() == [[-math.inf] * PADDED] * len(LAYERS)
+    assert state.mask.unique().tolist() == [7]
     assert engine.tracker.take_stats() == {}
 
 

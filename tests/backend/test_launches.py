@@ -17,7 +17,7 @@ from lite_attention.backend.vllm.launches import Launches, RowFields
 from lite_attention.backend.vllm.steps import Wave
 from lite_attention.decode_cuda import MAX_ROWS
 
-ROWS = 9
+ROWS, LAYERS = 9, 3
 
 batches = st.dictionaries(
     st.integers(0, ROWS - 1),
@@ -34,29 +34,37 @@ batches = st.dictionaries(
 
 def wave(batch: dict[int, DecodeToken]) -> Wave | None:
     rows = list(batch)
-    return Wave(list(batch.values()), rows, rows) if batch else None
+    return Wave(list(batch.values()), rows, rows, by_layer(batch)) if batch else None
+
+
+def by_layer(batch: dict[int, DecodeToken]) -> torch.Tensor:
+    return torch.tensor([[token.threshold - layer for token in batch.values()] for layer in range(LAYERS)])
 
 
 @given(st.lists(batches, min_size=1, max_size=4))
 def test_each_batch_is_staged_whole_and_in_place(staged: list[dict[int, DecodeToken]]) -> None:
-    fields = RowFields(ROWS, "cpu")
+    fields = RowFields(ROWS, LAYERS, "cpu")
     addresses = [tensor.data_ptr() for tensor in (fields.slots, fields.thresholds, fields.visited, fields.visit_all)]
     for batch in staged:
         fields.visited += 7  # as the layers of the step before do
         fields.stage(wave(batch))
         assert fields.visited.tolist() == [0] * ROWS
         for row in range(ROWS):
-            told = fields.slots[row].item(), fields.thresholds[row].item(), fields.visit_all[row].item()
+            told = fields.slots[row].item(), fields.thresholds[:, row].tolist(), fields.visit_all[row].item()
             token = batch.get(row)
-            expected = (SCRATCH_SLOT, -math.inf, False)
-            assert told == (expected if token is None else (token.slot, token.threshold, token.visit_all))
+            expected = (SCRATCH_SLOT, [-math.inf] * LAYERS, False)
+            if token is not None:
+                expected = token.slot, by_layer({row: token}).flatten().tolist(), token.visit_all
+            assert told == expected
+        for layer in range(LAYERS):  # a kernel is told of its layer by an address, and that the rows lie side by side
+            assert fields.thresholds[layer].is_contiguous()
     assert addresses == [t.data_ptr() for t in (fields.slots, fields.thresholds, fields.visited, fields.visit_all)]
 
 
 def test_before_the_first_batch_every_row_is_dense() -> None:
-    fields = RowFields(ROWS, "cpu")
+    fields = RowFields(ROWS, LAYERS, "cpu")
     assert fields.slots.tolist() == [SCRATCH_SLOT] * ROWS
-    assert fields.thresholds.tolist() == [-math.inf] * ROWS
+    assert fields.thresholds.tolist() == [[-math.inf] * ROWS] * LAYERS
     assert not fields.visit_all.any()
 
 
@@ -90,4 +98,5 @@ def test_the_layers_of_an_engine_share_their_launches(seqs: int, capture: int | 
     ours = launches.of_engine(config(first, seqs, capture), device)
     assert launches.of_engine(config(first, seqs, capture), device) is ours
     assert launches.of_engine(config(second, seqs, capture), device) is not ours
-    assert ours.fields.rows == rows
+    assert ours.fields(LAYERS) is ours.fields(LAYERS)
+    assert ours.fields(LAYERS).thresholds.shape == (LAYERS, rows)

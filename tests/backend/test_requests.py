@@ -21,6 +21,7 @@ options_strategy = st.builds(
     enable=st.booleans(),
     refresh_interval=st.integers(0, 4),
     warmup_steps=st.integers(0, 3),
+    profile=st.sampled_from([None, "careful", "fast"]),
 )
 
 
@@ -116,7 +117,7 @@ class Scheduling(RuleBasedStateMachine):
         known.seen.append(position)
         assert token.slot != SCRATCH_SLOT
         assert (token.request_id, token.position) == (name, position)
-        assert token.threshold == known.options.threshold
+        assert (token.threshold, token.profile) == (known.options.threshold, known.options.profile)
 
     def holder(self, slot: int) -> str | None:
         owners = [name for name, request in self.table._requests.items() if request.slot == slot]

@@ -34,6 +34,32 @@ def test_summaries_go_along_when_the_engine_copies_blocks() -> None:
     assert summaries[:, 0, 0, 0].tolist() == [0, 1, 4, 5, 0, 1]
 
 
+def test_layers_that_skip_are_numbered_in_their_order() -> None:
+    states = [layer(), layer()]
+    impls = SimpleNamespace(state=states[0]), SimpleNamespace(state=None), SimpleNamespace(state=states[1])
+    engine = config(**{f"layer {number}": SimpleNamespace(impl=impl) for number, impl in enumerate(impls)})
+    assert state.number_layers(engine) == ["layer 0", "layer 2"]
+    assert [of_layer.number for of_layer in states] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("share", "mode", "refused"),
+    [(0.1, "FULL", True), (0.1, "FULL_AND_PIECEWISE", True), (0.1, "PIECEWISE", False), (0, "FULL", False)],
+)
+def test_checks_are_refused_where_graphs_hold_the_attention(share: float, mode: str, refused: bool) -> None:
+    support = pytest.importorskip("lite_attention.backend.vllm.support", exc_type=ImportError)
+    from vllm.config import CUDAGraphMode
+
+    engine = config()
+    engine.compilation_config.cudagraph_mode = CUDAGraphMode[mode]
+    engine.additional_config = {"lite_attn": {"check_share": share}}
+    if not refused:
+        assert support.server_options(engine).check_share == share
+        return
+    with pytest.raises(ValueError, match=rf"lite_attn.check_share: expected 0 .*\({mode}\), got 0.1; --enforce-eager"):
+        support.server_options(engine)
+
+
 def config(**layers: Any) -> SimpleNamespace:
     return SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
 

@@ -13,11 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lite_attention.backend.requests import SCRATCH_SLOT
+from lite_attention.backend.requests import SCRATCH_SLOT, DecodeToken
 from lite_attention.backend.vllm import state, steps
-from lite_attention.backend.vllm.steps import StepPlan, StepTracker
-from lite_attention.serving.metrics import StepCounters
+from lite_attention.backend.vllm.steps import StepPlan, StepTracker, is_checked
+from lite_attention.serving.metrics import StepCounters, bucket_index
 from lite_attention.serving.params import ServerOptions
+from tests.profiles import make_profile
 
 
 def new(name: str, prompt_tokens: int, computed: int = 0, **options: Any) -> SimpleNamespace:
@@ -50,7 +51,7 @@ def scheduled(
 
 
 def tracker(**server: Any) -> StepTracker:
-    return StepTracker(ServerOptions(**server), slots=5, counters=None)
+    return StepTracker(ServerOptions(**server), slots=5, counters=None, layers=("first", "second"))
 
 
 def plan(tracker: StepTracker, tokens: list[int], reason: str | None = None) -> StepPlan | None:
@@ -110,7 +111,7 @@ def test_single_tokens_of_prompts_are_no_decode_tokens() -> None:
 
 
 def test_where_the_operator_computes_dense_rows_it_does_so_in_every_batch_and_counts_none() -> None:
-    worker = StepTracker(ServerOptions(), slots=5, counters=None, dense_rows=True)
+    worker = StepTracker(ServerOptions(), slots=5, counters=None, dense_rows=True, layers=("only",))
     starts = [
         new("dense", 3, computed=3, enable=False),
         new("tail", 9, computed=8),
@@ -127,7 +128,7 @@ def test_where_the_operator_computes_dense_rows_it_does_so_in_every_batch_and_co
         assert wave.indices.tolist() == [0, 1, 13]
         assert wave.seq_lens.tolist() == [4, 9, 4]
         assert wave.slots.tolist()[:2] == [SCRATCH_SLOT] * 2 and wave.slots[2] != SCRATCH_SLOT
-        assert wave.thresholds.tolist() == [-math.inf, -math.inf, ServerOptions().threshold]
+        assert wave.thresholds.tolist() == [[-math.inf, -math.inf, ServerOptions().threshold]]
         made.visited_by_wave("cpu")[0].add_(7)
     assert worker.take_stats() == {"decode": (7, 2)}
     with worker.step(scheduled(cached={"dense": 4}), lambda: ["dense"]):
@@ -174,6 +175,69 @@ def test_options_that_slipped_past_the_front_end_make_a_request_dense() -> None:
     starts = [new("a", 2, computed=2, threshold="hot"), new("b", 2, computed=2, nonsense=[[]])]
     with worker.step(scheduled(*starts), lambda: ["a", "b"]):
         assert plan(worker, [1, 1]) is None
+
+
+def test_each_row_has_the_thresholds_of_its_profile_in_every_layer() -> None:
+    profiles = {
+        "one": make_profile({"second": -3.0, "first": -5.0}),
+        "two": make_profile({"first": -math.inf, "second": -2.0}),
+    }
+    worker = tracker(profiles=profiles, threshold=-4)
+    starts = [
+        new("a", 2, computed=2, profile="two"),
+        new("b", 2, computed=2),
+        new("c", 2, computed=2, profile="one"),
+        new("d", 2, computed=2, profile="three"),
+    ]
+    with worker.step(scheduled(*starts), lambda: ["a", "b", "c", "d"]):
+        made = plan(worker, [1, 1, 1, 1])
+        assert made is not None
+        (wave,) = made.waves
+        assert wave.thresholds.tolist() == [[-math.inf, -4.0, -5.0], [-2.0, -4.0, -3.0]]
+        assert wave.thresholds.is_contiguous()
+        assert made.stock_rows == [3]  # nobody told the front end of profile three: dense
+
+
+@given(st.floats(0, 1), st.text(max_size=20))
+def test_the_share_of_tokens_that_is_checked_is_the_one_asked_for(share: float, name: str) -> None:
+    tokens = [DecodeToken(name, position, 1, -4.0, False) for position in range(2000)]
+    checked = [is_checked(token, share) for token in tokens]
+    assert abs(sum(checked) / len(checked) - share) < 0.003
+    assert checked == [is_checked(token, share) for token in tokens]
+    assert not is_checked(DecodeToken(name, 3, 0, -math.inf, False), 1.0)
+
+
+def test_errors_of_checked_tokens_are_counted_as_a_mean_over_layers(tmp_path: Path) -> None:
+    counters = StepCounters.create(tmp_path / "worker", slots=4)
+    worker = StepTracker(ServerOptions(check_share=1), 5, counters, layers=("first", "second"))
+    starts = [new("a", 2, computed=2, threshold=-3), new("b", 2, computed=2, enable=False), new("c", 2, computed=2)]
+    with worker.step(scheduled(*starts), lambda: ["a", "b", "c"]):
+        made = plan(worker, [1, 1, 1])
+        assert made is not None and [token.request_id for token in made.checked] == ["a", "c"]
+        made.visited_by_wave("cpu")
+        for error in (0.02, 0.04):
+            (errors,) = made.errors_by_wave("cpu")
+            errors += torch.tensor([[error, 1.0], [math.nan, 1.0]])
+    read = counters.read()
+    at, default = bucket_index(-3), bucket_index(ServerOptions().threshold)
+    assert read.checked.sum() == 2
+    assert read.checked[at].tolist() == [0, 0, 1, 0, 0, 0, 0] and math.isclose(read.errors[at], 0.03, rel_tol=1e-5)
+    assert read.checked[default].tolist() == [0, 0, 0, 0, 0, 0, 1]
+
+
+def test_a_text_is_replayed_as_if_the_request_had_generated_it() -> None:
+    worker = tracker(threshold=-4, check_share=1)
+    worker.replay(3, {"second": -2.0, "first": -6.0}, refresh_interval=2)
+    with worker.step(scheduled(new("a", 6)), lambda: ["a"]):
+        made = plan(worker, [6])
+        assert made is not None and made.stock_rows == [0]
+        assert [token.position for token in made.tokens] == [3, 4, 5]
+        assert [wave.thresholds.tolist() for wave in made.waves] == [[[-6.0], [-2.0]]] * 3
+        assert [wave.visit_all.tolist() for wave in made.waves] == [[True], [False], [True]]
+        assert [wave.checked for wave in made.waves] == [[0]] * 3
+    worker.end_replay()
+    with worker.step(scheduled(new("b", 6)), lambda: ["b"]):
+        assert plan(worker, [6]) is None
 
 
 def visit(worker: StepTracker, starts: list[SimpleNamespace], visited: list[int]) -> None:

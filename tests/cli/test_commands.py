@@ -15,8 +15,9 @@ from lite_attention.cli import app
 from lite_attention.cli import generate as generate_module
 from lite_attention.cli import model as model_module
 from lite_attention.cli.doctor import Machine, implementations, video_state_bytes
-from lite_attention.cli.jobs import Batch, Rejected, Result
+from lite_attention.cli.jobs import Batch, Prompt, Rejected, Result
 from lite_attention.cli.serve import take_flag, vllm_arguments
+from lite_attention.serving.params import ServerOptions
 from lite_attention.version import __version__
 
 MESSAGE = [{"role": "user", "content": "hi"}]
@@ -26,7 +27,7 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, arguments)
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["serve"], ["doctor"], ["plot"], ["model"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["serve"], ["doctor"], ["plot"], ["model"], ["calibrate"]])
 def test_help_shows_examples_and_needs_no_engine(command: list[str]) -> None:
     shown = run(*command, "--help")
     assert shown.exit_code == 0
@@ -95,12 +96,41 @@ def test_serve_refuses_a_bad_additional_config(text: str) -> None:
         (["--lite-attn-threshold", "nan"], "threshold"),
         (["--lite-attn-warmup-steps", "-1"], "warmup_steps"),
         (["--lite-attn-threshold", "-3", "--lite-attn-max-threshold", "-5"], "max_threshold"),
+        (["--lite-attn-profile", "careful.toml"], "expected NAME=FILE"),
+        (["--lite-attn-profile", "careful=nowhere.toml"], "nowhere.toml"),
+        (["--lite-attn-default-profile", "careful"], "there are no profiles"),
+        (["--lite-attn-check-share", "2"], "check_share"),
     ],
 )
 def test_serve_refuses_bad_options(flags: list[str], named: str) -> None:
     refused = run("serve", "m", *flags)
     assert refused.exit_code == 2
-    assert named in refused.output
+    assert named in " ".join(refused.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--engine", "vllm", "--rule", "mass"], "--rule: expected none with --engine vllm, got mass"),
+        (["--max-tokens", "9"], "--max-tokens: expected none with --engine diffusers, got 9"),
+        (["--engine", "vllm", "--engine-args", "[]"], "expected a JSON object"),
+        (["--engine", "vllm", "--prompts", "nowhere.jsonl"], "got nowhere.jsonl"),
+        (["--engine", "vllm", "--target", "speed=2"], "target: expected one of"),
+    ],
+)
+def test_calibrate_refuses_what_the_engine_does_not_know(tmp_path: Path, flags: list[str], named: str) -> None:
+    prompts = tmp_path / "in.jsonl"
+    prompts.write_text('{"prompt": "a"}')
+    files = ["--prompts", str(prompts), "--out", str(tmp_path / "out.toml")]
+    refused = run("calibrate", "m", *files, "--target", "error=0.1", *flags)
+    assert refused.exit_code == 2
+    assert named in " ".join(refused.output.replace("│", " ").split())
+
+
+def test_calibrate_takes_the_folder_of_a_language_model_for_vllm(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    refused = run("calibrate", str(tmp_path), "--prompts", "no.jsonl", "--out", "a.toml", "--target", "error=0.1")
+    assert "expected a file with a JSON object a line" in " ".join(refused.output.replace("│", " ").split())
 
 
 FAKE_VLLM = """
@@ -221,6 +251,16 @@ def test_generate_leaves_another_file_alone(tmp_path: Path, engines: list[FakeEn
     refused = run("generate", "--model", "m", "--input", str(prompts), "--output", str(output))
     assert refused.exit_code == 2
     assert output.read_text() == "my notes\nand more\n"
+
+
+def test_a_prompt_that_the_engine_would_refuse_does_not_end_the_batch() -> None:
+    pytest.importorskip("vllm")
+    engine = generate_module.Engine.__new__(generate_module.Engine)
+    engine.server = ServerOptions(max_threshold=-6)
+    batch = [(0, Prompt(prompt="a", profile="careful")), (1, Prompt(prompt="b", threshold=-3))]
+    first, second = engine.complete(batch)
+    assert isinstance(first, Rejected) and "lite_attn_profile: expected none, there are no profiles" in first.reason
+    assert isinstance(second, Rejected) and "lite_attn_threshold: expected at most -6" in second.reason
 
 
 # doctor

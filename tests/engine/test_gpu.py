@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import torch
 
+from lite_attention.costs import DecodeShape
 from tests.engine.conftest import Engine, Job
-from tests.engine.test_offline import DENSE, mixed_jobs, skipping
+from tests.engine.test_offline import DENSE, mixed_jobs, save_profile, skipping
 
 pytestmark = pytest.mark.gpu
 
@@ -205,6 +206,49 @@ def test_no_request_changes_the_tokens_of_another_and_graphs_change_nothing(rand
 
     without = in_engine(crowd, random_model, "LITE_ATTN", v2, jobs, aborted, **CROWDED, compilation_config=NO_GRAPHS)
     assert without == got
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_profiles_hold_under_graphs_and_checks_change_nothing(random_model: str, v2: bool, tmp_path: Path) -> None:
+    shape = DecodeShape("LlamaForCausalLM", HEADS, KV_HEADS, HEAD_DIM)
+    profiles = {
+        "falling": save_profile(tmp_path / "falling.toml", [-1.0, -2.0, -4.0, -6.0], shape=shape),
+        "half": save_profile(tmp_path / "half.toml", [-math.inf, -math.inf, -2.0, -2.0], shape=shape),
+    }
+    ways = [{"lite_attn_profile": "falling"}, {"lite_attn_profile": "half"}, skipping(-3)]
+    jobs = [Job(60 + 37 * place, ways[place % 3], max_tokens=40, start=150 * place) for place in range(16)]
+    lite_attn = {"profiles": profiles}
+    config = {"additional_config": {"lite_attn": lite_attn}}
+    got = in_engine(crowd, random_model, "LITE_ATTN", v2, jobs, {}, **CROWDED, **config)
+    assert got["preempted"]
+    assert got["together"] == got["alone"]
+    halves = [1 - visited / total for (visited, total), job in zip(got["alone_blocks"], jobs, strict=True)
+              if job.options == ways[1]]  # fmt: skip
+    assert 0.1 < sum(halves) / len(halves) < 0.5
+
+    config = {"additional_config": {"lite_attn": lite_attn | {"check_share": 0.5}}, "compilation_config": NO_GRAPHS}
+    assert in_engine(crowd, random_model, "LITE_ATTN", v2, jobs, {}, **CROWDED, **config) == got
+
+
+def calibrated(engine: Engine) -> tuple[float, float]:
+    """The share of mass dropped that calibration reaches, and that its result drops in the same texts again."""
+    from lite_attention.backend.vllm import calibration
+
+    prompts = [engine.prompt(Job(600, {}, start=start))["prompt_token_ids"] for start in (0, 1000)]
+    texts = calibration.answer(engine.llm, prompts, max_tokens=32)
+    found = calibration.calibrate(engine.llm, texts, "dropped=0.1", model="random", inputs="two")
+    again = calibration.measure(engine.llm, texts, found)
+    return found.mean().dropped, sum(cost.dropped for cost in again.values()) / LAYERS
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_a_calibration_reaches_its_target(random_model: str, v2: bool) -> None:
+    from lite_attention.backend.vllm import calibration
+
+    settings = calibration.ENGINE_ARGS | {"compilation_config": NO_GRAPHS}
+    reached, again = in_engine(calibrated, random_model, "LITE_ATTN", v2, **settings)
+    assert reached == pytest.approx(0.1, rel=0.1)
+    assert again == pytest.approx(reached, rel=0.02)
 
 
 def follow_up(engine: Engine) -> list[tuple[int, list[int]]]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lite_attention.costs import DecodeShape
 from lite_attention.tiles import DECODE_BLOCK, ceil_div
 from tests.engine.conftest import Job
+from tests.profiles import make_profile
 
 DENSE: dict[str, Any] = {"lite_attn_enable": False}
 
@@ -128,6 +131,101 @@ def test_keys_computed_under_skipping_are_not_shared_as_a_prefix(engine: Callabl
         fresh = lite.llm.generate([follow_up], params, use_tqdm=False)[0]
         assert fresh.num_cached_tokens == 0
         assert fresh.outputs[0].token_ids == output.outputs[0].token_ids
+
+
+def layers(count: int) -> list[str]:
+    return [f"model.layers.{number}.self_attn.attn" for number in range(count)]
+
+
+LAYERS = layers(30)
+
+
+def save_profile(path: Path, by_layer: list[float], **more: Any) -> str:
+    """A profile, for the model of these tests unless `more` says else, as the server is told of it."""
+    smollm2 = {"model": "smollm2", "shape": DecodeShape("LlamaForCausalLM", heads=9, kv_heads=3, head_dim=64)}
+    make_profile(dict(zip(layers(len(by_layer)), by_layer, strict=True)), **smollm2 | more).save(path)
+    return str(path)
+
+
+def test_requests_with_profiles_get_together_what_they_get_alone(engine: Callable[..., Any], tmp_path: Path) -> None:
+    """Preempted in a cache too small for them, and while a share of their tokens is also computed dense."""
+    profiles = {
+        "uniform": save_profile(tmp_path / "uniform.toml", [-4.0] * 30),
+        "first": save_profile(tmp_path / "first.toml", [-1.0] * 15 + [-math.inf] * 15),
+        "last": save_profile(tmp_path / "last.toml", [-9.0] * 15 + [-2.0] * 15, refresh_interval=7),
+    }
+    lite_attn = {"profiles": profiles, "profile": "last"}
+    settings = {"dtype": "float32", "block_size": 32, "max_num_batched_tokens": 256, "num_gpu_blocks_override": 32}
+    settings |= {"max_model_len": 900}
+    jobs = [
+        Job(40 + 23 * place, options, max_tokens=60, start=170 * place)
+        for place, options in enumerate(
+            [{"lite_attn_profile": name} for name in profiles] + [{}, skipping(-4), DENSE]
+            + [{"lite_attn_profile": name} for name in profiles]
+        )
+    ]  # fmt: skip
+    with engine("LITE_ATTN", additional_config={"lite_attn": lite_attn}, **settings) as lite:
+        alone = [lite.tokens([job])[0] for job in jobs]
+        same_prompt = [Job(500, options, max_tokens=24) for options in ({"lite_attn_profile": "uniform"}, skipping(-4))]
+        assert lite.tokens([same_prompt[0]]) == lite.tokens([same_prompt[1]])
+        first = lite.generate([Job(850, {"lite_attn_profile": "first"})])[0]
+        assert 0.3 < first.lite_attn["sparsity"] < 0.5  # half of the layers read everything
+        with pytest.raises(ValueError, match="lite_attn_profile: expected one of uniform, first, last, got 'second'"):
+            lite.generate([Job(20, {"lite_attn_profile": "second"})])
+    checking = {"lite_attn": lite_attn | {"check_share": 0.5}}
+    with engine("LITE_ATTN", additional_config=checking, **settings) as lite:
+        lite.tokens([Job(20, DENSE, max_tokens=1)])
+        preempted = count_preemptions(lite)
+        assert lite.tokens(jobs) == alone
+        assert preempted() > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shape": DecodeShape("LlamaForCausalLM", 9, 3, 128)}, "a: calibration: expected .* heads of 128.*got .* 64"),
+        ({"thresholds": dict.fromkeys(LAYERS[1:], -4.0)}, "a: calibration: expected the layers of smollm2.*differs in"),
+    ],
+)
+def test_a_profile_for_another_model_is_refused_at_start_up(
+    engine: Callable[..., Any], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    profile = save_profile(tmp_path / "a.toml", [-4.0] * 30, **change)
+    with (
+        pytest.raises(ValueError, match=message),
+        engine("LITE_ATTN", additional_config={"lite_attn": {"profiles": {"a": profile}}}),
+    ):
+        pass
+
+
+def test_a_calibration_keeps_its_promise_and_replays_what_was_generated(
+    engine: Callable[..., Any], tmp_path: Path
+) -> None:
+    from lite_attention.backend.vllm import calibration
+
+    with engine("LITE_ATTN", dtype="float32", **calibration.ENGINE_ARGS) as lite:
+        prompts = [lite.prompt(Job(400, {}, start=start))["prompt_token_ids"] for start in (0, 2000, 4000)]
+        texts = calibration.answer(lite.llm, prompts, max_tokens=24)
+        assert [text.prompt_tokens for text in texts] == [400] * 3
+        found = calibration.calibrate(lite.llm, texts[:2], "dropped=0.1", model="smollm2", inputs="two")
+        assert list(found.thresholds) == LAYERS
+        assert found.mean().dropped == pytest.approx(0.1, rel=0.1)
+        again = calibration.measure(lite.llm, texts[:2], found)
+        assert {name: cost.dropped for name, cost in again.items()} == {
+            name: pytest.approx(cost.dropped, rel=0.02) for name, cost in found.reached.items()
+        }
+        others = calibration.measure(lite.llm, texts[2:], found)
+        assert sum(cost.dropped for cost in others.values()) / 30 == pytest.approx(0.1, rel=0.4)
+        found.save(tmp_path / "a.toml")
+    profiles = {"lite_attn": {"profiles": {"a": str(tmp_path / "a.toml")}, "check_share": 1}}
+    settings = calibration.ENGINE_ARGS | {"additional_config": profiles}
+    with engine("LITE_ATTN", dtype="float32", **settings) as lite:
+        job = Job(400, {"lite_attn_profile": "a"}, max_tokens=30)
+        generated = lite.generate([job])[0]
+        text = calibration.Text([*prompts[0], *generated.outputs[0].token_ids[:-1]], 400)
+        cost = calibration.measure(lite.llm, [text], found)
+        replayed = sum(cost.sparsity for cost in cost.values()) / 30
+        assert replayed == pytest.approx(generated.lite_attn["sparsity"], abs=2e-3)
 
 
 def test_bad_options_are_refused_and_the_engine_goes_on(engine: Callable[..., Any]) -> None:

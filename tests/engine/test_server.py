@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -26,6 +27,7 @@ import torch
 
 from lite_attention.backend.vllm.plugin import METRICS_DIRECTORY_VARIABLE
 from tests.engine.conftest import SOURCE
+from tests.engine.test_offline import save_profile
 
 pytestmark = pytest.mark.any_platform
 
@@ -44,7 +46,11 @@ class Server:
         command += ["--served-model-name", "smollm2", "--port", str(port)]
         command += [] if torch.cuda.is_available() else ["--enforce-eager"]  # vLLM miscompiles the model on CPUs
         command += ["--max-model-len", "2048", "--max-num-seqs", "8"]
-        command += ["--additional-config", json.dumps({"lite_attn": {"threshold": -6}})]
+        lite_attn: dict[str, Any] = {"threshold": -6}
+        if not torch.cuda.is_available():  # there CUDA graphs hold the attention
+            lite_attn |= {"check_share": 0.5}
+        lite_attn["profiles"] = {"half": save_profile(log.with_name("half.toml"), [-3.0] * 15 + [-math.inf] * 15)}
+        command += ["--additional-config", json.dumps({"lite_attn": lite_attn})]
         environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         environment.pop(METRICS_DIRECTORY_VARIABLE, None)  # of an engine in the test's own process
         self.log = log
@@ -150,6 +156,25 @@ def test_requests_with_different_thresholds_are_counted_apart(server: Server) ->
     assert server.metric("lite_attn_active_slots") <= 1
 
 
+def test_a_request_may_name_a_profile(server: Server) -> None:
+    def total() -> tuple[float, ...]:
+        return tuple(server.metric(f"lite_attn_{name}_total", threshold="-3") for name in ("blocks_visited", "blocks"))
+
+    before = total()
+    checked = server.metric("lite_attn_output_error_count", threshold="-3")
+    answer = server.complete(SOURCE[:5000], {"lite_attn_profile": "half"}, 24)
+    assert answer.status_code == 200, answer.text
+    visited, blocks = (now - then for now, then in zip(total(), before, strict=True))
+    assert 0.25 < 1 - visited / blocks < 0.5  # half of the layers read everything
+    if not torch.cuda.is_available():
+        assert abs(server.metric("lite_attn_output_error_count", threshold="-3") - checked - 23 / 2) <= 1
+        assert server.metric("lite_attn_output_error_sum", threshold="-3") > 0
+    for stream in (False, True):
+        answer = server.complete("hello", {"lite_attn_profile": "whole"}, stream=stream)
+        assert answer.status_code == 400
+        assert "lite_attn_profile: expected one of half, got 'whole'" in answer.json()["error"]["message"]
+
+
 def test_streaming_works(server: Server) -> None:
     body = {"model": "smollm2", "prompt": SOURCE[:2000], "max_tokens": 8, "stream": True, "temperature": 0}
     body["vllm_xargs"] = {"lite_attn_threshold": -4}
@@ -174,6 +199,8 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"lite_attn_warmup_steps": 10**9}, "lite_attn_warmup_steps"),
     ({"lite_attn_warmup_steps": "4"}, "lite_attn_warmup_steps"),
     ({"lite_attn_banana": 1}, "lite_attn_banana"),
+    ({"lite_attn_profile": 3}, "lite_attn_profile"),
+    ({"lite_attn_profile": "half", "lite_attn_threshold": -8}, "lite_attn_threshold"),
 ]
 
 
@@ -199,7 +226,7 @@ def malformed(random: random.Random) -> Any:
 
 def test_a_thousand_malformed_requests_harm_nobody(server: Server) -> None:
     rng = random.Random(0)
-    names = ["threshold", "enable", "refresh_interval", "warmup_steps"]
+    names = ["threshold", "enable", "refresh_interval", "warmup_steps", "profile"]
 
     def send(number: int) -> int:
         value = malformed(rng)

@@ -13,8 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lite_attention import LiteAttention
-from lite_attention.calibration import HIGHEST, LOWEST, ROUNDS, TOLERANCE, Calibration, Target, find, search
-from lite_attention.costs import Cost, Meter, Shape
+from lite_attention.calibration import (
+    HIGHEST,
+    LOWEST,
+    ROUNDS,
+    TOLERANCE,
+    Calibration,
+    DecodeCalibration,
+    Target,
+    find,
+    search,
+)
+from lite_attention.costs import Cost, DecodeShape, Meter, Shape
 
 SHAPE = Shape(tokens=512, heads=8, head_dim=32)
 
@@ -162,6 +172,35 @@ def test_a_file_that_is_none_is_refused(change: str, message: str, tmp_path: Pat
     path.write_text(text.replace(old, new))
     with pytest.raises(ValueError, match=f"profile.toml: .*{message}|{message}"):
         Calibration.load(path)
+
+
+DECODE = DecodeCalibration(
+    stage="decode",
+    model="some/model",
+    inputs="4 prompts",
+    quantity="dropped",
+    target=0.02,
+    refresh_interval=0,
+    shape=DecodeShape("LlamaForCausalLM", heads=9, kv_heads=3, head_dim=64),
+    thresholds={"model.layers.0.self_attn.attn": -7.0, "model.layers.1.self_attn.attn": -math.inf},
+    reached={"model.layers.0.self_attn.attn": cost_at(0.05), "model.layers.1.self_attn.attn": cost_at(0.0)},
+)
+
+
+def test_a_file_for_decoding_is_read_as_it_was_written_and_not_taken_for_denoising(tmp_path: Path) -> None:
+    DECODE.save(tmp_path / "decode.toml")
+    CALIBRATION.save(tmp_path / "denoise.toml")
+    assert DecodeCalibration.load(tmp_path / "decode.toml") == DECODE
+    assert DECODE.mean_threshold == -7.0
+    with pytest.raises(ValueError, match=r"decode.toml: stage: Input should be 'forward', got 'decode'"):
+        Calibration.load(tmp_path / "decode.toml")
+    with pytest.raises(ValueError, match=r"denoise.toml: stage: Input should be 'decode', got 'forward'"):
+        DecodeCalibration.load(tmp_path / "denoise.toml")
+    other = DecodeShape("LlamaForCausalLM", heads=9, kv_heads=3, head_dim=128)
+    with pytest.raises(
+        ValueError, match=r"expected .* 3 KV heads of 64, as it was made for \(some/model\), got .* 128"
+    ):
+        DECODE.check_shape(other)
 
 
 def test_other_layers_and_shapes_are_refused() -> None:

@@ -5,8 +5,6 @@ import math
 import numpy as np
 import pytest
 
-pytest.importorskip("skimage")
-
 from benchmarks.quality.metrics import Clip, compare
 
 
@@ -44,6 +42,16 @@ def test_brightness_is_no_error_of_motion_and_standing_still_is_one() -> None:
     still = compare(np.repeat(dense[:1], len(dense), 0), dense)
     assert still.temporal_error == pytest.approx(1.0)
     assert still.ssim < 0.7
+
+
+@pytest.mark.parametrize("deviation", [0.001, 0.03, 0.3])
+def test_ssim_is_that_of_scikit_image(deviation: float) -> None:
+    similarity = pytest.importorskip("skimage.metrics").structural_similarity
+    dense = clip()
+    noisy = dense + np.random.default_rng(2).normal(0, deviation, dense.shape).astype(np.float32)
+    options = {"data_range": 1.0, "channel_axis": 2, "gaussian_weights": True, "use_sample_covariance": False}
+    expected = [similarity(frame, exact, **options) for frame, exact in zip(noisy, dense, strict=True)]
+    assert compare(noisy, dense).ssim == pytest.approx(np.mean(expected), abs=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(5, 40, 36, 3), (1, 40, 40, 3), (5, 10, 40, 3), (40, 40, 3)])

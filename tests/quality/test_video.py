@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -193,7 +194,6 @@ def run(main: Callable[[], None], monkeypatch: pytest.MonkeyPatch, *arguments: o
 def test_the_commands_one_after_the_other(
     tmp_path: Path, model: VideoTransformer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("skimage")
     from benchmarks.quality.video import evaluate, plot
 
     save(model, tmp_path / "model.safetensors")
@@ -237,10 +237,47 @@ def test_the_commands_one_after_the_other(
         assert message in capsys.readouterr().err
 
 
+def test_quality_is_read_between_thresholds() -> None:
+    from benchmarks.quality.video.evaluate import at_quality
+
+    def row(method: str, psnr: float | None, sparsity: float, milliseconds: float | None = None) -> dict[str, Any]:
+        return {"method": method, "psnr": psnr, "sparsity": sparsity, "attention_milliseconds": milliseconds}
+
+    rows = [
+        row("a", 30, 0.6, 100),
+        row("a", 40, 0.2, 300),
+        row("a", None, 0.0, 400),
+        row("b", 36, 0.1),
+        row("b", 31, 0.3),
+        row("never", 45, 0.5),
+        row("always", 20, 0.5),
+    ]
+    assert at_quality(rows, 35) == {"a": pytest.approx((0.4, 200)), "b": (pytest.approx(0.14), None)}
+    assert at_quality(rows, 40)["a"] == pytest.approx((0.2, 300))
+
+
+def test_calibration_is_measured_on_held_out_videos(
+    tmp_path: Path, model: VideoTransformer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.quality.video import calibrate
+
+    save(model, tmp_path / "model.safetensors")
+    common = ("--checkpoint", tmp_path / "model.safetensors", "--out", tmp_path)
+    small = ("--videos", 1, "--steps", 4, "--size", 48)
+    run(calibrate.main, monkeypatch, *common, *small, "--targets", "dropped=0.05", "sparsity=0.3")
+    result = json.loads((tmp_path / "video_calibration.json").read_text())
+    for row, target in zip(result["rows"], (0.05, 0.3), strict=True):
+        assert row["target"] == target and row["thresholds"].keys() == {"blocks.0", "blocks.1"}
+        assert row["reached"] == pytest.approx(target, rel=0.5)  # few blocks: costs move in steps
+        assert 0 < row["held_out"] < 1 and 0 <= row["layers_within"] <= 1
+    with pytest.raises(SystemExit):
+        run(calibrate.main, monkeypatch, *common, "--targets", "speed=2")
+    assert "--target: expected one of error=NUMBER" in capsys.readouterr().err
+
+
 def test_a_trace_of_a_video(
     tmp_path: Path, model: VideoTransformer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("skimage")
     from benchmarks.quality.video import trace
     from lite_attention import Report
 
@@ -258,7 +295,6 @@ def test_a_trace_of_a_video(
 
 
 def test_no_video_is_begun_without_time(model: VideoTransformer) -> None:
-    pytest.importorskip("skimage")
     from benchmarks.quality.video.evaluate import choose_videos, evaluate
 
     assert len(evaluate(model, choose_videos("judge", 3, 4, 16), [], 1, 1.0, minutes=1e-9)[0].runs) == 1

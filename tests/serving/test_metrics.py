@@ -43,6 +43,22 @@ def test_what_is_counted_is_read(tmp_path: Path) -> None:
     assert read.fallback_rows.sum() == 4
 
 
+def test_errors_of_checked_rows_are_a_histogram(tmp_path: Path) -> None:
+    counters = StepCounters.create(tmp_path / "worker-0", slots=8)
+    for error in (0.004, 0.02, 0.03, 7.0, math.nan, math.inf):
+        counters.add_error(-7.2, error)
+    registry = CollectorRegistry()
+    register(tmp_path, registry)
+    lines = generate_latest(registry).decode().splitlines()
+    assert 'lite_attn_output_error_bucket{le="0.01",threshold="-7"} 1.0' in lines
+    assert 'lite_attn_output_error_bucket{le="0.02",threshold="-7"} 2.0' in lines
+    assert 'lite_attn_output_error_bucket{le="0.5",threshold="-7"} 3.0' in lines
+    assert 'lite_attn_output_error_bucket{le="+Inf",threshold="-7"} 6.0' in lines
+    assert 'lite_attn_output_error_count{threshold="-7"} 6.0' in lines
+    (total,) = (line for line in lines if line.startswith("lite_attn_output_error_sum"))
+    assert math.isclose(float(total.split()[1]), 0.054 + 7 + 1000 + 1000)
+
+
 def test_a_worker_that_is_gone_has_no_slots_and_no_memory(tmp_path: Path) -> None:
     counters = StepCounters.create(tmp_path / "worker-0", slots=8)
     counters.add_rows(-7.0, 2, 30, 100)

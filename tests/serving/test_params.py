@@ -1,10 +1,13 @@
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lite_attention.calibration import DecodeCalibration
 from lite_attention.serving.params import (
     DENSE,
     DenoiseOptions,
@@ -16,9 +19,24 @@ from lite_attention.serving.params import (
     parse_request,
     parse_request_lenient,
 )
+from tests.profiles import make_profile
 
 SERVER = ServerOptions()
-KNOWN = ("lite_attn_threshold", "lite_attn_enable", "lite_attn_refresh_interval", "lite_attn_warmup_steps")
+KNOWN = (
+    "lite_attn_threshold",
+    "lite_attn_enable",
+    "lite_attn_refresh_interval",
+    "lite_attn_warmup_steps",
+    "lite_attn_profile",
+)
+
+
+def profile(*thresholds: float, refresh_interval: int = 0) -> DecodeCalibration:
+    by_layer = {f"layer {number}": threshold for number, threshold in enumerate(thresholds)}
+    return make_profile(by_layer, refresh_interval=refresh_interval)
+
+
+PROFILES = {"careful": profile(-8, -6), "fast": profile(-3, -math.inf, refresh_interval=9), "dense": profile(-math.inf)}
 
 unprintable = st.builds(lambda digits: 10**digits, st.just(5000))  # Python refuses to show so many digits
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | unprintable
@@ -27,6 +45,82 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
 )
 names = st.sampled_from(KNOWN) | st.text(max_size=12).map("lite_attn_".__add__) | st.text(max_size=20)
+
+
+def test_a_request_may_name_a_profile() -> None:
+    server = ServerOptions(profiles=PROFILES, warmup_steps=2, max_threshold=-7)
+    careful = parse_request({"lite_attn_profile": "careful"}, server)
+    assert (careful.profile, careful.threshold, careful.refresh_interval, careful.warmup_steps) == ("careful", -7, 0, 2)
+    fast = parse_request({"lite_attn_profile": "fast", "lite_attn_warmup_steps": 1}, server)
+    assert (fast.threshold, fast.refresh_interval, fast.warmup_steps) == (-3, 9, 1)
+    assert parse_request({"lite_attn_profile": "fast", "lite_attn_refresh_interval": 4}, server).refresh_interval == 4
+    assert not parse_request({"lite_attn_profile": "fast", "lite_attn_enable": False}, server).skips
+    assert not parse_request({"lite_attn_profile": "dense"}, server).skips
+
+
+@pytest.mark.parametrize(
+    ("given", "message", "field"),
+    [
+        ({"profile": "wild"}, "lite_attn_profile: expected one of careful, fast, dense, got 'wild'", "profile"),
+        ({"profile": 3}, "lite_attn_profile: expected the name of a profile, got 3", "profile"),
+        ({"profile": ["careful"]}, "lite_attn_profile: expected the name of a profile", "profile"),
+        ({"profile": "careful", "threshold": -9}, "lite_attn_threshold: expected none beside lite_attn_p", "threshold"),
+    ],
+)
+def test_a_profile_that_cannot_be_used(given: dict[str, Any], message: str, field: str) -> None:
+    server = ServerOptions(profiles=PROFILES)
+    extra_args = {f"lite_attn_{name}": value for name, value in given.items()}
+    with pytest.raises(LiteParamError, match=re.escape(message)) as error:
+        parse_request(extra_args, server)
+    assert error.value.parameter == f"lite_attn_{field}"
+    assert parse_request_lenient(extra_args, server) is DENSE
+    with pytest.raises(LiteParamError, match="expected none, there are no profiles, got 'careful'"):
+        parse_request({"lite_attn_profile": "careful"}, SERVER)
+
+
+def test_the_profile_of_a_server_is_for_requests_that_say_neither() -> None:
+    server = ServerOptions.from_additional_config({"lite_attn": {"profiles": PROFILES, "profile": "careful"}})
+    assert parse_request({"lite_attn_warmup_steps": 1}, server).profile == "careful"
+    assert parse_request({"lite_attn_profile": "fast"}, server).profile == "fast"
+    own = parse_request({"lite_attn_threshold": -4}, server)
+    assert (own.profile, own.threshold, own.refresh_interval) == (None, -4, 0)
+    # The limit of thresholds is for requests: it does not contradict a profile.
+    table = {"profiles": PROFILES, "profile": "careful", "max_threshold": -9}
+    assert ServerOptions.from_additional_config({"lite_attn": table}).profile == "careful"
+
+
+def test_files_of_profiles_are_read_and_refused_with_the_reason(tmp_path: Path) -> None:
+    PROFILES["careful"].save(tmp_path / "careful.toml")
+    (tmp_path / "bad.toml").write_text("stage = 3")
+    table = {"profiles": {"a": str(tmp_path / "careful.toml")}}
+    assert ServerOptions.from_additional_config({"lite_attn": table}).profiles == {"a": PROFILES["careful"]}
+    for profiles, message in (
+        (
+            {"a": str(tmp_path / "bad.toml")},
+            r"lite_attn\.profiles: 'a': calibration .*bad\.toml: model: Field required",
+        ),
+        ({"a": str(tmp_path / "none.toml")}, r"'a': .*No such file.*none\.toml"),
+        ({"a": 3}, r"expected a file of lite-attention calibrate for each name, got {'a': 3}"),
+        ({"": str(tmp_path / "careful.toml")}, r"expected a file of lite-attention calibrate for each name, got {'':"),
+        ("careful", r"expected a table with a file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ServerOptions.from_additional_config({"lite_attn": {"profiles": profiles}})
+    for more, message in (
+        ({"profile": "b"}, r"additional_config\.lite_attn\.profile: expected one of a, got 'b'"),
+        ({"profile": "a", "threshold": -3}, r"lite_attn\.threshold: expected none beside .*profile, got -3"),
+        ({"check_share": 2}, r"lite_attn\.check_share: expected a number from 0 to 1, got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ServerOptions.from_additional_config({"lite_attn": table | more})
+
+
+def test_options_of_language_models_are_not_those_of_diffusion_models() -> None:
+    for table in ({"profiles": {}}, {"profile": "a"}, {"check_share": 0.1}):
+        with pytest.raises(ValueError, match="unknown; expected one of"):
+            DenoiseServerOptions.from_additional_config({"lite_attn": table})
+    with pytest.raises(LiteParamError, match="lite_attn.profile: unknown"):
+        parse_denoise_request({"lite_attn": {"profile": "a"}}, DenoiseServerOptions())
 
 
 def test_defaults_of_the_server() -> None:

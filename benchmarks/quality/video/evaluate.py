@@ -9,6 +9,7 @@ moves a clip.
 
 Videos for judging have labels that training never saw together; for choosing thresholds there are others
 (`--split calibrate`). Only whole rounds over all methods count; no round is begun that would overrun `--minutes`.
+Results are written after each clip of the first video, and after each other video.
 
     python -m benchmarks.quality.video.evaluate
     python -m benchmarks.quality.video.evaluate --methods 'product-*' budget:-5,-4,-3 --videos 8
@@ -21,7 +22,8 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,6 +128,7 @@ class Comparison:
             "dropped": statistics.mean(run.dropped.mean().item() for run in self.runs),
             "attention_milliseconds": statistics.mean(times) if times else None,
             "psnr_of_videos": [_finite(psnr) for psnr in psnrs],
+            "finite": not any(math.isnan(psnr) for psnr in psnrs),
         }
 
 
@@ -147,8 +150,12 @@ def evaluate(
     steps: int,
     guidance: float,
     minutes: float = math.inf,
+    keep: Callable[[Sequence[Comparison]], object] = lambda comparisons: None,
 ) -> list[Comparison]:
-    """Each method over as many of the videos as there is time for, at least one; dense comes first."""
+    """Each method over as many of the videos as there is time for, at least one; dense comes first.
+
+    `keep` is called with what is known so far, whenever that is of the same videos for all methods in it.
+    """
     comparisons = [Comparison(method) for method in (DENSE, *methods)]
     if model.patch_in.weight.is_cuda:
         # Kernels are loaded, and chosen, before anything is timed.
@@ -168,6 +175,9 @@ def evaluate(
                 dense = dense or run
                 comparison.add(run, dense)
                 progress.update()
+                if not number:
+                    keep([comparison for comparison in comparisons if comparison.runs])
+            keep(comparisons)
             longest = max(longest, time.monotonic() - begun)
     return comparisons
 
@@ -181,7 +191,25 @@ def keep_pictures(comparisons: Sequence[Comparison], path: Path) -> None:
         tensors[f"sparsity {comparison.method}"] = first.sparsity
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)
-    print(f"kept in {path}")
+
+
+def at_quality(rows: Sequence[dict[str, Any]], decibels: float) -> dict[str, tuple[float, float | None]]:
+    """Sparsity of methods, and milliseconds of attention, where their PSNR falls to so much.
+
+    Between two thresholds on a straight line; methods that do not fall to it, or begin below, are left out.
+    """
+    found: dict[str, tuple[float, float | None]] = {}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        known = [row for row in rows if row["method"] == method and row["psnr"] is not None]
+        falling = sorted(known, key=lambda row: row["sparsity"])
+        for above, below in pairwise(falling):
+            if above["psnr"] >= decibels > below["psnr"]:
+                part = (above["psnr"] - decibels) / (above["psnr"] - below["psnr"])
+                times = above["attention_milliseconds"], below["attention_milliseconds"]
+                sparsity = (1 - part) * above["sparsity"] + part * below["sparsity"]
+                found[method] = sparsity, None if None in times else (1 - part) * times[0] + part * times[1]
+                break
+    return found
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
@@ -190,12 +218,16 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     print("|---" * 8 + "|")
     for row in rows:
         threshold = "" if row["threshold"] is None else f"{row['threshold']:g}"
-        psnr = "equal" if row["psnr"] is None else f"{row['psnr']:.1f}"
+        psnr = f"{row['psnr']:.1f}" if row["psnr"] is not None else "equal" if row["finite"] else "not finite"
         milliseconds = "" if row["attention_milliseconds"] is None else f"{row['attention_milliseconds']:.0f}"
         print(
             f"| {row['method']} | {threshold} | {psnr} | {row['ssim']:.4f} | {row['temporal_error']:.3f} "
             f"| {row['sparsity']:.3f} | {row['dropped']:.5f} | {milliseconds} |"
         )
+    for decibels in (33.0, 40.0):
+        for method, (sparsity, time_of_attention) in at_quality(rows, decibels).items():
+            milliseconds = "" if time_of_attention is None else f", attention {time_of_attention:.0f} ms"
+            print(f"{method} at {decibels:.0f} dB: sparsity {sparsity:.3f}{milliseconds}")
 
 
 def main() -> None:
@@ -230,11 +262,7 @@ def main() -> None:
 
     torch.set_float32_matmul_precision("high")  # for the emulator: inputs are exact in it
     videos = choose_videos(args.split, args.videos, frames, size)
-    comparisons = evaluate(model, videos, methods, args.steps, args.guidance, args.minutes)
-    rows = [comparison.row() for comparison in comparisons]
-    print_table(rows)
     setup = {
-        "videos": len(comparisons[0].runs),
         "first_video": scenes.describe(videos[0].labels),
         "split": args.split,
         "frames": frames,
@@ -246,8 +274,14 @@ def main() -> None:
         "steps": args.steps,
         "guidance": args.guidance,
     }
-    keep_pictures(comparisons, args.pictures / f"{args.name}.safetensors")
-    write_result(args.name, setup, rows, args.out)
+
+    def keep(comparisons: Sequence[Comparison]) -> None:
+        keep_pictures(comparisons, args.pictures / f"{args.name}.safetensors")
+        rows = [comparison.row() for comparison in comparisons]
+        write_result(args.name, setup | {"videos": len(comparisons[0].runs)}, rows, args.out)
+
+    comparisons = evaluate(model, videos, methods, args.steps, args.guidance, args.minutes, keep)
+    print_table([comparison.row() for comparison in comparisons])
 
 
 if __name__ == "__main__":
