@@ -271,7 +271,8 @@ class LiteAttention(nn.Module):
         self._steps += 1
         pairs = state.mask.shape[1] * state.mask.shape[2] * state.blocks
         visited = state.pairs_to_visit(must_visit, must_skip).masked_fill(thresholds == -math.inf, pairs)
-        self._sparsity = 1.0 - visited.double().mean() / pairs if pairs and len(visited) else 0.0
+        of_batch = pairs * len(visited)
+        self._sparsity = 1.0 - visited.sum(dtype=torch.float64) / of_batch if of_batch else 0.0
         out, lse = ops.forward(
             query,
             key,

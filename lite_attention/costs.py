@@ -79,7 +79,8 @@ class Meter:
 
         difference = (out.float() - dense.float()).square().sum(dtype=torch.float64)
         norm = dense.float().square().sum(dtype=torch.float64)
-        dropped = -torch.expm1((lse - dense_lse).clamp(max=0.0)).mean(dtype=torch.float64)
+        # Sums throughout: vLLM's batch-invariant mode replaces PyTorch's mean by one that knows no float64.
+        dropped = -torch.expm1((lse - dense_lse).clamp(max=0.0)).sum(dtype=torch.float64) / lse.numel()
         share = torch.as_tensor(sparsity, dtype=torch.float64, device=out.device)
         self._sums = self._sums + torch.stack((difference, norm, dropped, share))
         self._calls += 1

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lite_attention import LiteAttention
 from lite_attention.calibration import (
@@ -123,6 +125,22 @@ def test_a_meter_measures_what_the_reference_says() -> None:
     assert cost.dropped == pytest.approx(dropped, rel=1e-3)
     assert cost.sparsity == pytest.approx(sparsity, rel=1e-3)
     assert layer.meter.read() == Cost(0.0, 0.0, 0.0)
+
+
+def test_costs_ask_for_no_mean() -> None:
+    """vLLM's batch-invariant mode replaces PyTorch's mean by one that raises for float64."""
+
+    class NoMean(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert func.overloadpacket is not torch.ops.aten.mean
+            return func(*args, **(kwargs or {}))
+
+    meter = Meter()
+    out, lse = torch.ones(1, 2, 1, 4), torch.zeros(1, 1, 2)
+    with NoMean():
+        meter.add(out, lse - 1, 2 * out, lse, 0.25)
+        cost = meter.read()
+    assert cost == Cost(error=pytest.approx(0.5), dropped=pytest.approx(1 - math.exp(-1)), sparsity=0.25)
 
 
 @pytest.mark.parametrize("target", ["error=0.05", "dropped=0.01", "sparsity=0.4"])
