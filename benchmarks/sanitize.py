@@ -152,6 +152,7 @@ def sanitize(operator: str, tool: str, head_dims: list[int], timeout: float) -> 
     except subprocess.TimeoutExpired as error:
         output, code = (error.stdout or b"").decode(), -1
     summary = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)", output)
+    told = [line for line in output.splitlines() if line.startswith("=====") or "Error" in line]
     return {
         "tool": tool,
         "exit_code": code,
@@ -159,7 +160,7 @@ def sanitize(operator: str, tool: str, head_dims: list[int], timeout: float) -> 
         "cases_done": output.count(": done"),
         "cases": len(head_dims) * len(DTYPES) * len(CASES[operator]),
         "seconds": round(time.monotonic() - start, 1),
-        "found": output[-4000:] if code else None,
+        "found": "\n".join(told)[:4000] if code else None,
     }
 
 
