@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The first kernel of a decode step: what the blocks of sequences that skip weigh, by their summaries. Each warp takes a segment at
-// a time. The second kernel compares them with what all segments have together.
+// The first kernel of a decode step: what the blocks of sequences that skip weigh, by their summaries, and what all of them have
+// together, in parts. Each warp takes a part at a time, while what the next one needs comes. The second kernel compares the two.
 #pragma once
 
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -12,16 +12,14 @@ namespace lite_attention::sm90 {
 // Of `spread`; see lite_attention/reference.py.
 constexpr float kExpectedBend = 4.0f;
 constexpr float kGenerousBend = 8.0f;
-static_assert(kSegmentBlocks % kWarp == 0);
+static_assert(kWordBlocks == kWarp && kExactParts == 2);
 
 template <class Config>
 struct EstimateStorage {
     struct OfWarp {
-        Summaries<Config> summaries[2];  // of the blocks at hand, and of the next ones while they come
+        Summaries<Config> half[2];  // rows of the first 16 lanes' and of the others: of the part at hand, then of the next
         ScoringQuery<Config> query[Config::kHeadTiles];
-        uint8_t const* address[kSegmentBlocks];  // of each block's summary
-        float exact[3][Config::kHeads];  // log2 of the mass of the first block, the newest, and the one before it
-        uint64_t arrived[2];  // barriers of `summaries`
+        uint64_t arrived[2];  // barriers of `half`
     };
     // As many warps as shared memory has room for.
     static constexpr int kWarps = std::min<int>(16, (kSharedBytes - (kMaxRows + 4) * sizeof(int)) / sizeof(OfWarp));
@@ -29,153 +27,160 @@ struct EstimateStorage {
     int first_unit[1];  // of each row, and the number of units at the end: rows + 1 of them
 };
 
-// Brings summaries, kBlocks at a time, into the two places by turns. Runs in a warp.
+// A part of what a sequence's key head has, and what a lane has fetched of it: the summary of a block, or a key. The first two
+// parts are the blocks that are visited in any case, which are weighed exactly, 16 keys each: the first and the newest, and the
+// one before it. A word's blocks but for them are each of the others.
 template <class Config>
-struct SummaryFetcher {
-    typename EstimateStorage<Config>::OfWarp& shared;
-    int summary_bytes;
-    uint32_t fetched = 0;
-    uint32_t taken = 0;
+struct Part {
+    Place place;
+    int block;
+    bool exists;
+    int bytes;  // the same in all lanes
+    uint8_t const* data;
+    typename ScoringQuery<Config>::Raw query[Config::kHeadTiles];
 
-    CUTLASS_DEVICE void init() {
-        if (threadIdx.x % kWarp == 0) {
-            CopyBarrier::init(&shared.arrived[0], 1);
-            CopyBarrier::init(&shared.arrived[1], 1);
-            cutlass::arch::fence_barrier_init();
-        }
-        __syncwarp();
-    }
-
-    // Asks for the summaries at `address`. All lanes must have left the ones that were at their place.
-    CUTLASS_DEVICE void fetch(uint8_t const* const* address) {
-        constexpr int kBlocks = Summaries<Config>::kBlocks;
+    // Asks for what must be read to know it.
+    CUTLASS_DEVICE Part(KernelParams const& params, int const* first_unit, int index) : place(params.call, first_unit, index) {
+        DecodeParams const& call = params.call;
         int const lane = threadIdx.x % kWarp;
-        int const place = fetched++ % 2;
-        if (lane == 0) { CopyBarrier::arrive_and_expect_tx(&shared.arrived[place], kBlocks * summary_bytes); }
-        __syncwarp();
-        if (lane < kBlocks) {
-            cute::SM90_BULK_COPY_G2S::copy(
-                address[lane], &shared.arrived[place], shared.summaries[place].row[lane], summary_bytes);
+        int const row = lane % kDecodeBlock;
+        if (exact()) {
+            int const forced = lane < kDecodeBlock ? 0 : 1;
+            block = place.number == 0 ? forced * (place.blocks - 1) : place.blocks - 2;
+            bool const another = place.number == 0 ? forced < place.blocks : forced == 0 && block > 0;
+            exists = another && block * kDecodeBlock + row < place.length;
+            bytes = 2 * call.head_dim;
+        } else {
+            block = (place.number - kExactParts) * kWordBlocks + lane;
+            exists = block < place.blocks && !place.forced(block);
+            bytes = 3 * call.head_dim + 16;
         }
+        int const blocks_of_page = call.page_size / kDecodeBlock;
+        int const page = exists ? call.block_table[place.row * call.block_table_stride + block / blocks_of_page] : 0;
+        int const within = block % blocks_of_page;
+        data = exact() ? static_cast<uint8_t const*>(call.key.data) +
+                             2 * (page * call.key.page_stride + (within * kDecodeBlock + row) * call.key.token_stride +
+                                  place.kv_head * call.key.head_stride)
+                       : call.summaries.data + page * call.summaries.page_stride +
+                             place.kv_head * call.summaries.head_stride + within * call.summaries.block_stride;
+        CUTLASS_PRAGMA_UNROLL
+        for (int tile = 0; tile < Config::kHeadTiles; ++tile) { query[tile].load(heads(params), tile * kHeadTile); }
     }
 
-    // The ones that were asked for first, once they are there.
-    CUTLASS_DEVICE Summaries<Config> const& take() {
-        int const place = taken % 2;
-        CopyBarrier::wait(&shared.arrived[place], taken / 2 & 1);
-        ++taken;
-        return shared.summaries[place];
+    CUTLASS_DEVICE bool exact() const { return place.number < kExactParts; }
+    CUTLASS_DEVICE QueryView<typename Config::Element> heads(KernelParams const& params) const {
+        return {params, place.row, place.kv_head};
     }
 };
 
-// Notes what each block of a segment may weigh, and what all of them together probably do. Runs in a warp.
+// Has a half of a part fetched. All lanes must have left what was at its place.
 template <class Config>
-CUTLASS_DEVICE void estimate_segment(
-    KernelParams const& params, typename EstimateStorage<Config>::OfWarp& shared, SummaryFetcher<Config>& fetcher,
-    Place const& place) {
-    using Element = typename Config::Element;
-    DecodeParams const& call = params.call;
-    Workspace const& workspace = params.workspace;
+CUTLASS_DEVICE void fetch_half(
+    typename EstimateStorage<Config>::OfWarp& shared, Part<Config> const& part, int half) {
     int const lane = threadIdx.x % kWarp;
-    int const blocks_of_page = call.page_size / kDecodeBlock;
-    int const first_block = place.number * kSegmentBlocks;
-    int const end = min(place.blocks, first_block + kSegmentBlocks);
-    auto page_of = [&](int block) { return call.block_table[place.row * call.block_table_stride + block / blocks_of_page]; };
-
-    int page[kSegmentBlocks / kWarp];
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kSegmentBlocks / kWarp; ++i) {
-        page[i] = page_of(min(first_block + i * kWarp + lane, end - 1));  // what does not exist has the summary of another
-    }
-    __syncwarp();  // the segment before may still be read
-    QueryView<Element> const query(params, place.row, place.kv_head);
-    CUTLASS_PRAGMA_UNROLL
-    for (int tile = 0; tile < Config::kHeadTiles; ++tile) { shared.query[tile].fill(query, tile * kHeadTile); }
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kSegmentBlocks / kWarp; ++i) {
-        int const block = min(first_block + i * kWarp + lane, end - 1);
-        shared.address[i * kWarp + lane] = call.summaries.data + page[i] * call.summaries.page_stride +
-                                           place.kv_head * call.summaries.head_stride +
-                                           block % blocks_of_page * call.summaries.block_stride;
-    }
+    bool const fetches = part.exists && lane / kDecodeBlock == half;
+    int const rows = __popc(__ballot_sync(~0u, fetches));
+    if (lane == 0) { CopyBarrier::arrive_and_expect_tx(&shared.arrived[half], rows * part.bytes); }
     __syncwarp();
-    constexpr int kAtOnce = Summaries<Config>::kBlocks;
-    fetcher.fetch(shared.address);
-    if (first_block + kAtOnce < end) { fetcher.fetch(shared.address + kAtOnce); }
+    if (fetches) {
+        cute::SM90_BULK_COPY_G2S::copy(
+            part.data, &shared.arrived[half], shared.half[half].row[lane % kDecodeBlock], part.bytes);
+    }
+}
 
-    // What is visited in any case is weighed exactly. The summaries come meanwhile.
-#pragma unroll 1
-    for (int i = 0; i < 3; ++i) {
-        int const block = i == 0 ? 0 : place.blocks - i;
-        if (block < first_block || block >= end) { continue; }
-        auto const* const keys = static_cast<Element const*>(call.key.data) + page_of(block) * call.key.page_stride +
-                                 block % blocks_of_page * kDecodeBlock * call.key.token_stride +
-                                 place.kv_head * call.key.head_stride;
-        int const count = min(kDecodeBlock, place.length - block * kDecodeBlock);
+// Weighs a half of a part once it is there: adds what it probably has to this thread's sums, and notes what its blocks may have.
+template <class Config>
+CUTLASS_DEVICE void weigh_half(
+    KernelParams const& params, typename EstimateStorage<Config>::OfWarp const& shared, Part<Config> const& part, int half,
+    LogSum (&sum)[Config::kHeadTiles][2]) {
+    Workspace const& workspace = params.workspace;
+    Summaries<Config> const& rows = shared.half[half];
+    int const lane = threadIdx.x % kWarp;
+    uint32_t const existing = __ballot_sync(~0u, part.exists) >> half * kDecodeBlock & 0xffff;
+    if (existing == 0) { return; }
+    if (part.exact()) {
         CUTLASS_PRAGMA_UNROLL
         for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
-            float2 const exact =
-                exact_mass<Config>(keys, call.key.token_stride, count, query, tile * kHeadTile, params.scale_log2);
-            if (lane < 4) { *reinterpret_cast<float2*>(&shared.exact[i][tile * kHeadTile + lane * 2]) = exact; }
+            float2 const mass =
+                exact_mass<Config>(rows, __popc(existing), part.heads(params), tile * kHeadTile, params.scale_log2);
+            sum[tile][0].add(lane < 4 ? mass.x : -INFINITY);
+            sum[tile][1].add(lane < 4 ? mass.y : -INFINITY);
         }
+        return;
     }
-    __syncwarp();
-
-    float* const masses = workspace.masses + place.pair * workspace.words * kWordBlocks * workspace.heads;
-    LogSum expected_sum[Config::kHeadTiles][2];  // of this thread's blocks
-    for (int first = first_block; first < end; first += kAtOnce) {
-        Summaries<Config> const& summaries = fetcher.take();
-        int const low = first + lane / 4;  // this thread's blocks: this one and 8 further
-        CUTLASS_PRAGMA_UNROLL
-        for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
-            int const head = tile * kHeadTile + lane % 4 * 2;  // this thread's: this one and the next
-            Moments const moments = summaries.moments(shared.query[tile], params.scale_log2, call.head_dim);
-            float expected[4];
-            CUTLASS_PRAGMA_UNROLL
-            for (int i = 0; i < 2; ++i) {
-                int const block = low + i * 8;
-                bool const exists = block < end;
-                float may_be[2];
-                CUTLASS_PRAGMA_UNROLL
-                for (int j = 0; j < 2; ++j) {
-                    int const k = 2 * i + j;
-                    auto mass = [&](float bend) {
-                        return log2_of_sum(moments.outlier[k], moments.mean[k] + spread(moments.variance[k], bend));
-                    };
-                    expected[k] = exists ? mass(kExpectedBend) : -INFINITY;
-                    may_be[j] = mass(kGenerousBend);
-                }
-                if (exists && head < workspace.heads) {
-                    *reinterpret_cast<float2*>(masses + static_cast<int64_t>(block) * workspace.heads + head) = {
-                        may_be[0], may_be[1]};
-                }
-            }
-            CUTLASS_PRAGMA_UNROLL
-            for (int i = 0; i < 2; ++i) {
-                int const block = low + i * 8;
-                if (block < end && place.forced(block)) {
-                    float2 const exact = *reinterpret_cast<float2 const*>(
-                        &shared.exact[block == 0 ? 0 : place.blocks - block][tile * kHeadTile + lane % 4 * 2]);
-                    expected[2 * i] = exact.x;
-                    expected[2 * i + 1] = exact.y;
-                }
-            }
-            CUTLASS_PRAGMA_UNROLL
-            for (int j = 0; j < 4; ++j) { expected_sum[tile][j % 2].add(expected[j]); }
-        }
-        __syncwarp();  // all lanes have left these summaries
-        if (first + 2 * kAtOnce < end) { fetcher.fetch(shared.address + (first + 2 * kAtOnce - first_block)); }
-    }
+    int const first_block = (part.place.number - kExactParts) * kWordBlocks + half * kDecodeBlock;
+    float* const masses =
+        workspace.masses + (part.place.pair * workspace.words * kWordBlocks + first_block) * workspace.heads;
     CUTLASS_PRAGMA_UNROLL
     for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
-        expected_sum[tile][0].join_lanes(4, kWarp);
-        expected_sum[tile][1].join_lanes(4, kWarp);
-        int const head = tile * kHeadTile + lane * 2;
-        if (lane < 4 && head < workspace.heads) {
-            *reinterpret_cast<float2*>(
-                workspace.expected + (place.pair * workspace.segments + place.number) * workspace.heads + head) = {
-                expected_sum[tile][0].log2(), expected_sum[tile][1].log2()};
+        int const head = tile * kHeadTile + lane % 4 * 2;  // this thread's: this one and the next
+        Moments const moments = rows.moments(shared.query[tile], params.scale_log2, params.call.head_dim);
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            int const row = lane / 4 + i * 8;  // this thread's blocks
+            bool const exists = existing >> row & 1;
+            float2 may_be;
+            CUTLASS_PRAGMA_UNROLL
+            for (int j = 0; j < 2; ++j) {
+                int const k = 2 * i + j;
+                auto mass = [&](float bend) {
+                    return log2_of_sum(moments.outlier[k], moments.mean[k] + spread(moments.variance[k], bend));
+                };
+                sum[tile][j].add(exists ? mass(kExpectedBend) : -INFINITY);
+                (j == 0 ? may_be.x : may_be.y) = mass(kGenerousBend);
+            }
+            if (exists && head < workspace.heads) {
+                *reinterpret_cast<float2*>(masses + row * workspace.heads + head) = may_be;
+            }
         }
+    }
+}
+
+// Weighs this warp's parts, from `index` up to `end`, each kWarps further.
+template <class Config>
+CUTLASS_DEVICE void weigh_parts(
+    KernelParams const& params, EstimateStorage<Config>& storage, int index, int end) {
+    constexpr int kWarps = EstimateStorage<Config>::kWarps;
+    Workspace const& workspace = params.workspace;
+    auto& shared = storage.of_warp[threadIdx.x / kWarp];
+    int const lane = threadIdx.x % kWarp;
+    if (lane == 0) {
+        CopyBarrier::init(&shared.arrived[0], 1);
+        CopyBarrier::init(&shared.arrived[1], 1);
+        cutlass::arch::fence_barrier_init();
+    }
+    __syncwarp();
+    if (index >= end) { return; }
+    Part<Config> part(params, storage.first_unit, index);
+    fetch_half(shared, part, 0);
+    fetch_half(shared, part, 1);
+#pragma unroll 1
+    for (int phase = 0;; phase ^= 1) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int tile = 0; tile < Config::kHeadTiles; ++tile) { shared.query[tile].fill(part.query[tile]); }
+        __syncwarp();
+        index += kWarps;
+        Part<Config> const next(params, storage.first_unit, min(index, end - 1));
+        LogSum sum[Config::kHeadTiles][2];
+#pragma unroll 1
+        for (int half = 0; half < 2; ++half) {
+            CopyBarrier::wait(&shared.arrived[half], phase);
+            weigh_half(params, shared, part, half, sum);
+            __syncwarp();
+            if (index < end) { fetch_half(shared, next, half); }
+        }
+        CUTLASS_PRAGMA_UNROLL
+        for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
+            sum[tile][0].join_lanes(4, kWarp);
+            sum[tile][1].join_lanes(4, kWarp);
+            int const head = tile * kHeadTile + lane * 2;
+            if (lane < 4 && head < workspace.heads) {
+                float* const expected = workspace.expected_of(part.place.pair) + part.place.number * workspace.heads + head;
+                *reinterpret_cast<float2*>(expected) = {sum[tile][0].log2(), sum[tile][1].log2()};
+            }
+        }
+        if (index >= end) { break; }
+        part = next;
     }
 }
 
@@ -192,20 +197,12 @@ __global__ void __launch_bounds__(EstimateStorage<Config>::kWarps * kWarp, 1)
     if (first == 0) { *params.workspace.drawn = 0; }
 
     number_units(call, shared.first_unit, [&](int row) {
-        return visits_everything(call, row) ? 0 : segments_of(call.seq_lens[row]);
+        return visits_everything(call, row) ? 0 : parts_of(call.seq_lens[row]);
     });
-    int const units = shared.first_unit[call.rows];
-    constexpr int kWarps = EstimateStorage<Config>::kWarps;
-    auto& of_warp = shared.of_warp[threadIdx.x / kWarp];
-    SummaryFetcher<Config> fetcher{of_warp, 3 * call.head_dim + 16};
-    fetcher.init();
     // Thread blocks have equally many but for one, and neighbouring warps neighbouring key heads, whose summaries lie side by side.
+    int64_t const units = shared.first_unit[call.rows];
     auto first_of = [&](int64_t thread_block) { return static_cast<int>(thread_block * units / gridDim.x); };
-    int const end = first_of(blockIdx.x + 1);
-    for (int index = first_of(blockIdx.x) + threadIdx.x / kWarp; index < end; index += kWarps) {
-        Place const place(call, shared.first_unit, index);
-        estimate_segment<Config>(params, of_warp, fetcher, place);
-    }
+    weigh_parts(params, shared, first_of(blockIdx.x) + static_cast<int>(threadIdx.x / kWarp), first_of(blockIdx.x + 1));
 }
 
 }  // namespace lite_attention::sm90

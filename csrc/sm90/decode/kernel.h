@@ -107,8 +107,7 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
 
         if (!place.everything) {
             cudaGridDependencySynchronize();  // the estimates are there
-            float const mass = sum_parts(
-                workspace.expected + place.pair * workspace.segments * heads, segments_of(place.length), heads);
+            float const mass = sum_parts(workspace.expected_of(place.pair), parts_of(place.length), heads);
             // The least log2 of a mass that is worth a visit, for the head lane % heads.
             float const limit = lane % heads < params.group ? place.threshold + mass : INFINITY;
             float const* const masses = workspace.masses + place.pair * workspace.words * kWordBlocks * heads;

@@ -24,23 +24,29 @@ struct ScoringQuery {
     uint4 square[kParts][kWarp];
     float largest[kHeadTile];
 
-    // Called by a warp. `first_head`: of eight.
-    CUTLASS_DEVICE void fill(QueryView<typename Config::Element> const& query, int first_head) {
+    // Eight heads as they are: a thread's channels of head lane / 4.
+    struct Raw {
+        uint4 part[kParts];
+
+        CUTLASS_DEVICE void load(QueryView<typename Config::Element> const& query, int first_head) {
+            int const lane = threadIdx.x % kWarp;
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < kParts; ++i) { part[i] = query.load(first_head + lane / 4, i * 32 + lane % 4 * 8); }
+        }
+    };
+
+    // Called by a warp.
+    CUTLASS_DEVICE void fill(Raw const& raw) {
         using Element = typename Config::Element;
         using Pair = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
         int const lane = threadIdx.x % kWarp;
         int const head = lane / 4;
-        uint4 raw[kParts];
-        CUTLASS_PRAGMA_UNROLL
-        for (int part = 0; part < kParts; ++part) {
-            raw[part] = query.load(first_head + head, part * 32 + lane % 4 * 8);
-        }
         float of_head = 0.0f;
         CUTLASS_PRAGMA_UNROLL
         for (int part = 0; part < kParts; ++part) {
             CUTLASS_PRAGMA_UNROLL
             for (int i = 0; i < 4; ++i) {
-                float2 const pair = widen(reinterpret_cast<Pair const*>(&raw[part])[i]);
+                float2 const pair = widen(reinterpret_cast<Pair const*>(&raw.part[part])[i]);
                 of_head = fmaxf(of_head, fmaxf(fabsf(pair.x), fabsf(pair.y)));
             }
         }
@@ -53,7 +59,7 @@ struct ScoringQuery {
             uint32_t of_square[4];
             CUTLASS_PRAGMA_UNROLL
             for (int i = 0; i < 4; ++i) {
-                float2 const pair = widen(reinterpret_cast<Pair const*>(&raw[part])[i]);
+                float2 const pair = widen(reinterpret_cast<Pair const*>(&raw.part[part])[i]);
                 float2 const unit{pair.x * inverse, pair.y * inverse};
                 of_linear[i] = bits(__float22half2_rn(unit));
                 of_square[i] = bits(__float22half2_rn({unit.x * unit.x, unit.y * unit.y}));
@@ -150,12 +156,12 @@ CUTLASS_DEVICE float log2_of_sum(float a, float b) { return fmaxf(a, b) + log2f(
 
 // Log2 of the exact mass of a block for this thread's two heads.
 //
-//   keys   the block's first, contiguous channels; only the first `count` exist, at least one
+//   keys   those of the block that exist, at least one, in the rows of summaries
 //   first_head  of eight
 template <class Config>
 CUTLASS_DEVICE float2 exact_mass(
-    typename Config::Element const* keys, int64_t token_stride, int count, QueryView<typename Config::Element> const& query,
-    int first_head, float scale_log2) {
+    Summaries<Config> const& keys, int count, QueryView<typename Config::Element> const& query, int first_head,
+    float scale_log2) {
     int const lane = threadIdx.x % kWarp;
     int const key = lane / 4;
     float scores[4] = {};
@@ -164,7 +170,7 @@ CUTLASS_DEVICE float2 exact_mass(
         int const channel = part * 32 + lane % 4 * 8;
         auto load = [&](int k) {
             bool const exists = k < count && channel < query.head_dim;
-            return exists ? *reinterpret_cast<uint4 const*>(keys + k * token_stride + channel) : uint4{};
+            return exists ? reinterpret_cast<uint4 const*>(keys.row[k])[channel / 8] : uint4{};
         };
         uint4 const low = load(key);
         uint4 const high = load(key + 8);

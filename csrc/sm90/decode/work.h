@@ -12,7 +12,7 @@ struct Workspace {
     uint32_t* drawn;    // units that were taken beside each thread block's first ones
     uint32_t* ended;    // (rows, kv_heads) units that are attended to
     uint32_t* visited;  // (rows, kv_heads, words) blocks that were visited
-    float* expected;    // (rows, kv_heads, segments, heads) log2 of the mass that a segment probably has
+    float* expected;    // (rows, kv_heads, kExactParts + words, heads) log2 of the mass that a part of the sequence probably has
     float* masses;      // (rows, kv_heads, blocks, heads) log2 of the mass that a block may have; once it is visited, that it has
     float* lse;         // (rows, kv_heads, segments, heads) of a unit, in log2 units
     float* out;         // (rows, kv_heads, segments, head_dim, heads) of a unit; not written where its lse is -inf
@@ -20,6 +20,8 @@ struct Workspace {
     int words;
     int segments;
     int heads;  // of a key head, rounded up: see workspace.h
+
+    CUTLASS_DEVICE float* expected_of(int64_t pair) const { return expected + pair * (kExactParts + words) * heads; }
 };
 
 struct KernelParams {
@@ -34,6 +36,9 @@ struct KernelParams {
 };
 
 CUTLASS_DEVICE int segments_of(int length) { return max(1, ceil_div(length, kSegmentBlocks * kDecodeBlock)); }
+
+// Parts of what a sequence's key head probably has together.
+CUTLASS_DEVICE int parts_of(int length) { return kExactParts + ceil_div(length, kWordBlocks * kDecodeBlock); }
 
 // The query heads of a row's key head.
 template <class Element>
@@ -79,9 +84,21 @@ struct LogSum {
 
 // Log2 of the sum of all parts of a row's key head, for the query head lane % heads. `values`: (parts, heads). Runs in a warp.
 CUTLASS_DEVICE float sum_parts(float const* values, int parts, int heads) {
+    constexpr int kAtOnce = 16;
     LogSum sum;
-#pragma unroll 4
-    for (int i = threadIdx.x % kWarp; i < parts * heads; i += kWarp) { sum.add(values[i]); }
+    for (int first = threadIdx.x % kWarp; first < parts * heads; first += kAtOnce * kWarp) {
+        float value[kAtOnce];
+        float largest = -1e30f;
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+            value[i] = first + i * kWarp < parts * heads ? values[first + i * kWarp] : -INFINITY;
+            largest = fmaxf(largest, value[i]);
+        }
+        float of_values = 0.0f;
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) { of_values += exp2f(value[i] - largest); }
+        sum.join(largest, of_values);
+    }
     sum.join_lanes(heads, kWarp);
     return sum.log2();
 }

@@ -34,7 +34,7 @@ struct WorkspaceLayout {
         ended = aligned(1);
         visited = ended + aligned(pairs);
         expected = visited + aligned(pairs * words);
-        masses = expected + aligned(pairs * segments * heads);
+        masses = expected + aligned(pairs * (kExactParts + words) * heads);
         lse = masses + aligned(pairs * words * kWordBlocks * heads);
         out = lse + aligned(pairs * segments * heads);
         bytes = out + aligned(pairs * segments * head_dim * heads);
