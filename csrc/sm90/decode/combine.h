@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The end of a sequence's key head: whoever attends to its last unit puts all of them together, in their order, and notes in the
-// state which blocks mattered. Runs in the consumers.
+// The end of a sequence's key head: the thread block that attends to its last unit puts all of them together, in their order, and
+// notes in the state which blocks mattered. Runs in the consumers, but for the count, which takes long: a planner waits for it.
 #pragma once
 
 #include "storage.h"
@@ -26,16 +26,16 @@ CUTLASS_DEVICE int update_mask(
             visits[i] = first + i < words ? visited[first + i] : 0;
             before[i] = first + i < words ? mask[first + i] : 0;
         }
+#pragma unroll 2
         for (int head = 0; head < heads; head += 2) {
             float const low = __shfl_sync(~0u, limit, head);
             float const high = __shfl_sync(~0u, limit, head + 1);
             CUTLASS_PRAGMA_UNROLL
             for (int i = 0; i < kAtOnce; ++i) {
-                if (visits[i] >> lane & 1) {
-                    int64_t const block = (first + i) * kWordBlocks + lane;
-                    float2 const mass = *reinterpret_cast<float2 const*>(masses + block * heads + head);
-                    keeps[i] |= mass.x > low || mass.y > high;
-                }
+                bool const visited_here = visits[i] >> lane & 1;
+                int64_t const block = visited_here ? (first + i) * kWordBlocks + lane : 0;
+                float2 const mass = *reinterpret_cast<float2 const*>(masses + block * heads + head);
+                keeps[i] |= visited_here && (mass.x > low || mass.y > high);
             }
         }
         CUTLASS_PRAGMA_UNROLL
@@ -48,18 +48,9 @@ CUTLASS_DEVICE int update_mask(
     return count;
 }
 
-// A unit of work that is attended to.
-struct Ended {
-    int row = -1;  // none
-    int kv_head;
-    int units;  // of the sequence's key head
-    int length;
-    bool tracked;
-};
-
-// Puts together the units of the sequence's key head of which this was the last.
+// Puts together the units of a sequence's key head.
 template <class Config>
-CUTLASS_DEVICE void combine(KernelParams const& params, Ended const& unit, int thread) {
+CUTLASS_DEVICE void combine(KernelParams const& params, Pair const& ended, int thread) {
     using Element = typename Config::Element;
     constexpr int kThreads = Config::kConsumers * kWarp;
     DecodeParams const& call = params.call;
@@ -67,11 +58,11 @@ CUTLASS_DEVICE void combine(KernelParams const& params, Ended const& unit, int t
     int const group = params.group;
     int const heads = workspace.heads;
     int const lane = thread % kWarp;
-    int64_t const pair = static_cast<int64_t>(unit.row) * call.kv_heads + unit.kv_head;
+    int64_t const pair = static_cast<int64_t>(ended.row) * call.kv_heads + ended.kv_head;
     __threadfence();  // what other thread blocks have left is read
     float const* const lses = workspace.lse + pair * workspace.segments * heads;
-    float const lse = sum_parts(lses, unit.units, heads);
-    if (thread < group) { call.lse[static_cast<int64_t>(unit.row) * call.heads + unit.kv_head * group + thread] = lse * kLn2; }
+    float const lse = sum_parts(lses, ended.units, heads);
+    if (thread < group) { call.lse[static_cast<int64_t>(ended.row) * call.heads + ended.kv_head * group + thread] = lse * kLn2; }
 
     // A thread has the same pair of heads in all of its channels.
     int const head_pairs = heads / 2;
@@ -80,12 +71,12 @@ CUTLASS_DEVICE void combine(KernelParams const& params, Ended const& unit, int t
     float2 const lse_of_heads{__shfl_sync(~0u, lse, head), __shfl_sync(~0u, lse, head + 1)};
     int const items = call.head_dim * head_pairs;
     auto const* const parts = reinterpret_cast<float2 const*>(workspace.out) + pair * workspace.segments * items;
-    Element* const out = static_cast<Element*>(call.out) + unit.row * call.out_row_stride +
-                         (unit.kv_head * group + head) * call.out_head_stride;
+    Element* const out = static_cast<Element*>(call.out) + ended.row * call.out_row_stride +
+                         (ended.kv_head * group + head) * call.out_head_stride;
     for (int item = thread; item < items; item += kThreads) {
         float2 sum{};
-#pragma unroll 8
-        for (int i = 0; i < unit.units; ++i) {
+#pragma unroll 16
+        for (int i = 0; i < ended.units; ++i) {
             float2 const of_unit = *reinterpret_cast<float2 const*>(lses + i * heads + head);
             float2 const part = parts[static_cast<int64_t>(i) * items + item];
             // A unit of which nothing was visited has left nothing.
@@ -97,24 +88,24 @@ CUTLASS_DEVICE void combine(KernelParams const& params, Ended const& unit, int t
         if (head + 1 < group) { out[call.out_head_stride + channel] = static_cast<Element>(sum.y); }
     }
 
-    int const blocks = ceil_div(unit.length, kDecodeBlock);
+    int const blocks = ceil_div(ended.length, kDecodeBlock);
     int visited = thread == 0 ? blocks : 0;
-    if (unit.tracked) {
+    if (ended.tracked) {
         visited = update_mask<Config>(
-            call.mask + call.slots[unit.row] * call.mask_slot_stride + unit.kv_head * call.mask_head_stride,
+            call.mask + call.slots[ended.row] * call.mask_slot_stride + ended.kv_head * call.mask_head_stride,
             workspace.visited + pair * workspace.words, workspace.masses + pair * workspace.words * kWordBlocks * heads, lse,
-            ceil_div(blocks, kWordBlocks), group, heads, call.thresholds[unit.row]);
+            ceil_div(blocks, kWordBlocks), group, heads, call.thresholds[ended.row]);
     }
-    if (lane == 0 && visited > 0) { atomicAdd(&call.visited[unit.row], visited); }
+    if (lane == 0 && visited > 0) { atomicAdd(&call.visited[ended.row], visited); }
 }
 
-// Counts a unit that a warp has left in the workspace, or several warps before they waited for each other. How many of its
-// sequence's key head were counted before: who uses the number waits for it.
-CUTLASS_DEVICE uint32_t count_unit(KernelParams const& params, int64_t pair) {
+// Counts a unit whose consumers have left it to this thread. Whether it was the last of its sequence's key head.
+CUTLASS_DEVICE bool count_unit(KernelParams const& params, Pair const& pair) {
     cudaGridDependencySynchronize();  // the counter is zero
+    uint32_t* const counter = params.workspace.ended + pair.row * params.call.kv_heads + pair.kv_head;
     uint32_t before;
-    asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(params.workspace.ended + pair) : "memory");
-    return before;
+    asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before == pair.units - 1u;
 }
 
 }  // namespace lite_attention::sm90

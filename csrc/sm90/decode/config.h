@@ -17,11 +17,11 @@ namespace lite_attention::sm90 {
 constexpr int kHeadTile = 8;  // query heads of a matrix product
 constexpr int kPlane = 64;    // channels that lie side by side in shared memory, 128 bytes
 // Segments of a unit of work where a sequence skips: few blocks of each are visited, and a unit costs its thread block some time.
-constexpr int kSkippingSegments = 2;
+constexpr int kSkippingSegments = 4;
 constexpr int kUnitBlocks = kSegmentBlocks * kSkippingSegments;  // at most
 constexpr int kUnitWords = kUnitBlocks / kWordBlocks;
 // Blocks that may be listed and not fetched yet when a thread block takes more work: who takes it early may end last.
-constexpr int kBacklog = 192;
+constexpr int kBacklog = 96;
 constexpr int kSharedBytes = 227 * 1024;
 
 template <int kHeadDim_, class Element_, int kHeadTiles_>
@@ -54,17 +54,23 @@ struct Config {
     static_assert(kStages > 0);
 };
 
+// A sequence's key head.
+struct Pair {
+    int row;  // -1: none
+    int kv_head;
+    int units;     // that it has
+    int length;    // keys of the row
+    bool tracked;  // whether the state is updated
+};
+
 // A unit of work: one or several segments of a sequence, for one key head.
 template <class Config>
 struct Unit {
-    int row;  // -1: no work is left
-    int kv_head;
-    int number;       // among those of the row and key head
-    int units;        // how many these have
+    Pair pair;        // of none: no work is left
+    Pair ended;       // the one of which the unit that was here before was the last to be attended to; or none
+    int number;       // among the units of the pair
     int first_block;  // of the unit
-    int length;       // keys of the row
     int blocks;       // to visit
-    bool tracked;     // whether the state is updated
     int page[kUnitBlocks];        // of each block to visit
     uint16_t block[kUnitBlocks];  // how far it is behind the first
     alignas(16) typename Config::Element query[Config::kHeads * Config::kQueryRow];

@@ -14,14 +14,14 @@ namespace lite_attention::sm90 {
 CUTLASS_DEVICE int segments_of_unit(bool everything) { return everything ? 1 : kSkippingSegments; }
 
 // The units of a thread block in their order, for those who work on what the planners list: the n-th is planner n modulo
-// kPlanners'. `action` gets the unit.
+// kPlanners'. `action` gets the unit. Returns how many there were.
 template <class Config, class Action>
-CUTLASS_DEVICE void for_each_unit(SharedStorage<Config>& shared, Action action) {
+CUTLASS_DEVICE uint32_t for_each_unit(SharedStorage<Config>& shared, Action action) {
     for (uint32_t n = 0;; ++n) {
         int const planner = shared.units.place(n);
         shared.units.wait_full(n);
         Unit<Config> const& unit = shared.unit[planner];
-        if (unit.row < 0) { break; }
+        if (unit.pair.row < 0) { return n; }
         action(unit);
         Barrier::arrive(&shared.units.empty[planner]);
     }
@@ -66,13 +66,17 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
     for (uint32_t n = warp;; n += Config::kPlanners) {
         int index = blockIdx.x + n * gridDim.x;
         shared.units.wait_empty(n);
+        if (lane == 0) {
+            unit.ended.row = -1;
+            if (n >= Config::kPlanners && count_unit(params, unit.pair)) { unit.ended = unit.pair; }
+        }
         if (n >= dealt) {
             expected = total;
             if (lane == 0) { index = draw_unit(shared, workspace.drawn, n, dealt * gridDim.x, units, expected); }
             index = __shfl_sync(~0u, index, 0);
         }
         if (index >= units) {
-            if (lane == 0) { unit.row = -1; }
+            if (lane == 0) { unit.pair.row = -1; }
             Barrier::arrive(&shared.units.full[warp]);
             break;
         }
@@ -147,14 +151,10 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
             total += __popc(word);
         }
         if (lane == 0) {
-            unit.row = place.row;
-            unit.kv_head = place.kv_head;
+            unit.pair = {place.row, place.kv_head, units_of(place.length, segments), place.length, place.tracked};
             unit.number = place.number;
-            unit.units = units_of(place.length, segments);
             unit.first_block = first_word * kWordBlocks;
-            unit.length = place.length;
             unit.blocks = total;
-            unit.tracked = place.tracked;
             atomicAdd(&shared.backlog, total - expected);
         }
         Barrier::arrive(&shared.units.full[warp]);
@@ -171,7 +171,7 @@ CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& sha
     uint32_t fetched = 0;
     for_each_unit(shared, [&](Unit<Config> const& unit) {
         int const blocks = unit.blocks;
-        int const kv_head = unit.kv_head;
+        int const kv_head = unit.pair.kv_head;
         for (int first = 0; first < blocks; first += kLanes) {
             int const i = first + lane;
             if (lane < kLanes && i < blocks) {
@@ -413,26 +413,16 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     int const warp = thread / kWarp;
     int const lane = thread % kWarp;
     uint32_t fetched = 0;
-    Ended ended;           // the unit before
-    uint32_t counted = 0;  // of thread 0: how many of its sequence's were counted before it
-    // Whether the unit before was its sequence's last. The number is asked for long before it is needed.
-    auto const ends = [&](uint32_t number) {
-        bool& last = shared.last[number % 2];
-        if (thread == 0) { last = ended.row >= 0 && counted == ended.units - 1; }
-        sync_consumers<Config>();
-        return last;
-    };
-    uint32_t number = 0;
-    for_each_unit(shared, [&](Unit<Config> const& unit) {
+    uint32_t const units = for_each_unit(shared, [&](Unit<Config> const& unit) {
         int const blocks = unit.blocks;
 
         QueryOperands<Config> const query(unit);
-        int64_t const pair = static_cast<int64_t>(unit.row) * params.call.kv_heads + unit.kv_head;
+        int64_t const pair = static_cast<int64_t>(unit.pair.row) * params.call.kv_heads + unit.pair.kv_head;
         float* const masses = workspace.masses + pair * workspace.words * kWordBlocks * heads;
         Gathered<Config> gathered;
         for (int i = warp; i < blocks; i += Config::kConsumers) {
             int const block = unit.first_block + unit.block[i];
-            int const keys = unit.length - block * kDecodeBlock;
+            int const keys = unit.pair.length - block * kDecodeBlock;
             int const stage = shared.stages.place(fetched + i);
             auto* const value = shared.value + stage * Config::kStageElements;
             shared.stages.wait_full(fetched + i);
@@ -449,26 +439,29 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
             attend<Config>(
                 gathered, cute::cast_smem_ptr_to_uint(shared.key + stage * Config::kStageElements),
                 cute::cast_smem_ptr_to_uint(value), query, keys, params.scale_log2,
-                unit.tracked ? masses + static_cast<int64_t>(block) * heads : nullptr, heads);
+                unit.pair.tracked ? masses + static_cast<int64_t>(block) * heads : nullptr, heads);
             __syncwarp();
             if (lane == 0) { Barrier::arrive(&shared.stages.empty[stage]); }
         }
         fetched += blocks;
 
-        share(shared, gathered, warp);
-        bool const last = ends(number++);
         int64_t const part = pair * workspace.segments + unit.number;
         if (blocks > 0) {
+            share(shared, gathered, warp);
+            sync_consumers<Config>();
             merge(params, shared, part, gathered, thread);
         } else if (thread < heads) {
             workspace.lse[part * heads + thread] = -INFINITY;
         }
+        if (unit.ended.row >= 0) { combine<Config>(params, unit.ended, thread); }
         __syncwarp();
-        if (thread == 0) { counted = count_unit(params, pair); }
-        if (last) { combine<Config>(params, ended, thread); }
-        ended = {unit.row, unit.kv_head, unit.units, unit.length, unit.tracked};
     });
-    if (ends(number)) { combine<Config>(params, ended, thread); }
+    // What is left of the last unit of each planner.
+    for (uint32_t n = units; n < units + Config::kPlanners; ++n) {
+        shared.units.wait_full(n);
+        Pair const& ended = shared.unit[shared.units.place(n)].ended;
+        if (ended.row >= 0) { combine<Config>(params, ended, thread); }
+    }
 }
 
 template <class Config>

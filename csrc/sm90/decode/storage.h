@@ -21,7 +21,6 @@ struct SharedStorage {
     float max[Config::kConsumers][Config::kHeads];
     float sum[Config::kConsumers][Config::kHeads];
     float2 slice[Config::kConsumers][Config::kSlice * kHeadTile / 2];
-    bool last[2];  // whether a unit was the last of its sequence's key head, of every other unit
 
     int first_unit[1];  // of each row, and the number of units at the end: rows + 1 of them
 };
