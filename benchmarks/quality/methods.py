@@ -307,7 +307,7 @@ def attend(
     """Attention over the blocks that are visited, and over summaries of the others.
 
     Args:
-        query: (batch, tokens_q, heads, head_dim), any float type; computed in float32.
+        query: (batch, tokens_q, heads, head_dim), any float type; computed in float32, in float64 if it is that.
         key, value: (batch, tokens_k, kv_heads, head_dim).
         visits: bool (batch, heads, tiles, blocks).
         lse_before: of the step before, float32 (batch, heads, tokens_q), log2 units; None in the first step.
@@ -330,7 +330,7 @@ def attend(
                 some_tiles = slice(first, first + tiles_at_once)
                 rows = slice(first * grid.tile_q, min((first + tiles_at_once) * grid.tile_q, tokens_q))
                 visit = visits[row, head, some_tiles].repeat_interleave(grid.tile_q, 0)[: rows.stop - rows.start]
-                queries = query[row, rows, head].float() * (head_dim**-0.5 * LOG2_E)
+                queries = _widened(query[row, rows, head]) * (head_dim**-0.5 * LOG2_E)
                 block_max, taken, row_lse, row_dropped, row_out = _attend_rows(queries, keys, visit)
                 out[row, rows, head] = row_out.to(out.dtype)
                 lse[row, head, rows], dropped[row, head, rows] = row_lse, row_dropped
@@ -341,13 +341,17 @@ def attend(
     return Step(out, lse, dropped, statistics)
 
 
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class _Keys:
-    """Keys and values of one head by blocks, float32, filled up with zeros, and their summaries."""
+    """Keys and values of one head by blocks, filled up with zeros, and their summaries."""
 
     def __init__(self, key: Tensor, value: Tensor, block_k: int, summaries: Summaries) -> None:
         blocks = ceil_div(len(key), block_k)
         filled = (0, 0, 0, blocks * block_k - len(key))
-        self.key, self.value = pad(key.float(), filled), pad(value.float(), filled)
+        self.key, self.value = pad(_widened(key), filled), pad(_widened(value), filled)
         self.real = (torch.arange(blocks * block_k, device=key.device) < len(key)).unflatten(0, (blocks, block_k))
         self.summaries = summaries
         if summaries != "none":
