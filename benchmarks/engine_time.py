@@ -52,6 +52,10 @@ NEVER = -1000.0
 WARMUP_STEPS = 5
 
 
+_engine: Engine
+"""Of a process that has one."""
+
+
 class Engine:
     """An offline engine in this process, whose steps are taken one by one."""
 
@@ -124,23 +128,29 @@ def force(llm: Any, blocks: int, share: float) -> None:
         state.summaries[..., -16:] = 255  # scales that are no numbers: no estimate passes
 
 
-def measure(
-    backend: str, layers: int, batches: list[tuple[int, int]], steps: int, shares: list[float]
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows of a backend's engine, and what memory it had."""
-    engine = Engine(backend, layers, max(context for _, context in batches) + steps + 64)
-    disabled: dict[str, Any] = {"lite_attn_enable": False}
-    runs: list[tuple[str, float | None, dict[str, Any]]] = [("stock", None, {})]
-    if backend != STOCK:
-        runs = [("disabled", None, disabled)]
-        runs += [(f"{share:.0%} read", share, {"lite_attn_threshold": NEVER}) for share in shares]
-    rows = []
-    for batch, context in batches:
-        for name, share, options in runs:
-            taken = engine.decode_step(batch, context, steps, share, options)
-            rows.append({"batch": batch, "context": context, "run": name, "milliseconds": 1e3 * taken})
-            tqdm.write(f"{backend}: {rows[-1]}")
-    return rows, engine.memory()
+def runs_of(backend: str, shares: list[float]) -> list[tuple[str, float | None, dict[str, Any]]]:
+    """Name, share of the blocks that is forced, and a request's options of each run."""
+    if backend == STOCK:
+        return [("stock", None, {})]
+    skipping: dict[str, Any] = {"lite_attn_threshold": NEVER}
+    return [
+        ("disabled", None, {"lite_attn_enable": False}),
+        *((f"{share:.0%} read", share, skipping) for share in shares),
+    ]
+
+
+def _start(*arguments: Any) -> None:
+    """Before a process of its own is asked for `_decode_step` and `_memory`: its engine."""
+    global _engine
+    _engine = Engine(*arguments)
+
+
+def _decode_step(*arguments: Any) -> float:
+    return _engine.decode_step(*arguments)
+
+
+def _memory() -> dict[str, Any]:
+    return _engine.memory()
 
 
 def _batch(text: str) -> tuple[int, int]:
@@ -163,26 +173,32 @@ def main() -> None:
     args = parser.parse_args()
 
     rows: list[dict[str, Any]] = []
-    memory = {}
+    memory: dict[str, Any] = {}
+    stock: dict[tuple[int, int], float] = {}
+
+    def keep() -> None:
+        """After each run: who stops a long one keeps what it said."""
+        setup = {"model": "the shape of Llama-3-8B", "layers": args.layers, "steps": args.steps, "stock": STOCK}
+        write_result("engine_time", setup | {"memory": memory}, rows, args.out)
+
+    longest = max(context for _, context in args.batches) + args.steps + 64
     for backend in tqdm([STOCK, "LITE_ATTN"], unit="engine"):
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            measured = pool.submit(measure, backend, args.layers, args.batches, args.steps, args.shares).result()
-        rows += measured[0]
-        memory[backend] = measured[1]
-    stock = {(row["batch"], row["context"]): row["milliseconds"] for row in rows if row["run"] == "stock"}
+        engine = ProcessPoolExecutor(1, get_context("spawn"), _start, (backend, args.layers, longest))
+        with engine:
+            for batch, context in args.batches:
+                for name, share, options in runs_of(backend, args.shares):
+                    taken = engine.submit(_decode_step, batch, context, args.steps, share, options).result()
+                    stock.setdefault((batch, context), taken)
+                    row = {"batch": batch, "context": context, "run": name, "milliseconds": 1e3 * taken}
+                    rows.append(row | {"speedup": stock[batch, context] / taken})
+                    tqdm.write(f"{backend}: {rows[-1]}")
+                    keep()
+            memory[backend] = engine.submit(_memory).result()
+    keep()
     print(f"| sequences x context | run | ms a step | against {STOCK} |\n|---|---|---|---|")
     for row in rows:
-        row["speedup"] = stock[row["batch"], row["context"]] / row["milliseconds"]
         case = f"{row['batch']} x {row['context']:,}"
         print(f"| {case} | {row['run']} | {row['milliseconds']:.2f} | {row['speedup']:.2f} x |")
-    setup = {
-        "model": "the shape of Llama-3-8B",
-        "layers": args.layers,
-        "steps": args.steps,
-        "stock": STOCK,
-        "memory": memory,
-    }
-    write_result("engine_time", setup, rows, args.out)
 
 
 if __name__ == "__main__":
