@@ -10,6 +10,7 @@ behind pieces of other texts; `lite_attention.backend.vllm.calibration` says how
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def main() -> None:
     except ValueError as error:
         parser.error(f"--{error}")
 
+    # GiB, where there is no GPU: vLLM would take most of the memory, and a process that grows beside it ends both.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM
 
     from lite_attention.backend.vllm import calibration
