@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The forward kernel: one warp plans which key blocks a row of the mask visits, one thread has them gathered into product
-// tiles, two or four consumer warpgroups take turns at the tensor cores and overlap each other's softmax, as the
+// tiles, two to four consumer warpgroups take turns at the tensor cores and overlap each other's softmax, as the
 // FlashAttention-3 paper (Shah et al. 2024, section 3) describes for dense attention.
 #pragma once
 
