@@ -189,11 +189,11 @@ def wan_step_time(result: dict[str, Any]) -> str:
         "| step at most, with this kernel | with an ideal one |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    names = {"stock": "none, by FLASH_ATTN", "off": "none, LITE_ATTN disabled"}
+    names = {"stock": "none, by FLASH_ATTN", "off": "none, LITE_ATTN disabled", "0": "none, deciding in each"}
     for row in result["rows"]:
         if row["run"] == "none":
             continue
-        skipped = names.get(row["run"]) or (f"{row['skipped']:.0%}" if row["skipped"] else "none, deciding in each")
+        skipped = names.get(row["run"]) or f"{row['skipped']:.0%}"
         columns = (row.get(name) for name in ("speedup", "kernel_speedup", "ceiling", "ideal"))
         lines.append(
             f"| {row['size'].replace('x', ' × ')}, {row['tokens']:,} tokens | {row['attention']:.0%} | {skipped} "

@@ -219,9 +219,9 @@ class LiteAttnCollector(Collector):
             "Relative L2 error of the attention output of checked decode rows, mean over layers.",
             labels=["threshold"],
         )
+        bounds = [floatToGoString(bound) for bound in ERROR_BOUNDS]
         for label, counts, total in zip(THRESHOLD_BUCKETS, counted.checked, counted.errors, strict=True):
             if counts.any():
-                bounds = [floatToGoString(bound) for bound in ERROR_BOUNDS]
                 buckets = [(bound, int(count)) for bound, count in zip(bounds, counts.cumsum(), strict=True)]
                 errors.add_metric([label], buckets, float(total))
         yield errors

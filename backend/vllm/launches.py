@@ -57,7 +57,7 @@ class Launches:
     Attributes:
         rows: of the largest batch.
         workspace: uint8; see `lite_attention.decode_cuda.decode_into`.
-        lse: float32, written by the kernel and read by nobody.
+        lse: float32, written by the kernel, read where tokens are checked.
 
     Args:
         layers: the engine's layers by name; only tells engines apart.

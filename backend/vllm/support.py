@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,10 +92,8 @@ def server_options(vllm_config: Any) -> ServerOptions:
     """
     server = ServerOptions.from_additional_config(vllm_config.additional_config)
     for name, profile in server.profiles.items():
-        try:
+        with _profile_named(name):
             profile.check_shape(decode_shape(vllm_config))
-        except ValueError as error:
-            raise ValueError(f"additional_config.{CONFIG_KEY}.profiles: {name}: {error}") from None
     graphs = vllm_config.compilation_config.cudagraph_mode
     if server.check_share and graphs is not None and graphs.has_full_cudagraphs():
         raise ValueError(
@@ -110,10 +110,17 @@ def check_profiles(vllm_config: Any, layers: list[str]) -> None:
     """
     whole = vllm_config.parallel_config.pipeline_parallel_size == 1
     for name, profile in server_options(vllm_config).profiles.items() if layers else ():
-        try:
+        with _profile_named(name):
             profile.check_layers(layers if whole else {*layers, *profile.thresholds})
-        except ValueError as error:
-            raise ValueError(f"additional_config.{CONFIG_KEY}.profiles: {name}: {error}") from None
+
+
+@contextmanager
+def _profile_named(name: str) -> Iterator[None]:
+    """In which errors say that they are of this profile of the server's."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"additional_config.{CONFIG_KEY}.profiles: {name}: {error}") from None
 
 
 def config_reason(vllm_config: Any) -> str | None:
