@@ -162,12 +162,13 @@ def test_a_request_may_name_a_profile(server: Server) -> None:
 
     before = total()
     checked = server.metric("lite_attn_output_error_count", threshold="-3")
-    answer = server.complete(SOURCE[:5000], {"lite_attn_profile": "half"}, 24)
+    tokens = 21  # behind the first; of so many the half that is checked is 10 or 11, whatever the request's name
+    answer = server.complete(SOURCE[:5000], {"lite_attn_profile": "half"}, tokens + 1)
     assert answer.status_code == 200, answer.text
     visited, blocks = (now - then for now, then in zip(total(), before, strict=True))
     assert 0.25 < 1 - visited / blocks < 0.5  # half of the layers read everything
     if not torch.cuda.is_available():
-        assert abs(server.metric("lite_attn_output_error_count", threshold="-3") - checked - 23 / 2) <= 1
+        assert abs(server.metric("lite_attn_output_error_count", threshold="-3") - checked - tokens / 2) <= 0.5
         assert server.metric("lite_attn_output_error_sum", threshold="-3") > 0
     for stream in (False, True):
         answer = server.complete("hello", {"lite_attn_profile": "whole"}, stream=stream)
