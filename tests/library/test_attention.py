@@ -360,7 +360,7 @@ def test_threshold_can_be_set_later() -> None:
         ({"threshold": {3: math.nan}}, ValueError, r"threshold\[3\]: expected a finite number or -inf, got nan"),
         ({"dense_heads": [-1]}, ValueError, "dense_heads: expected heads from 0 on, got -1"),
         ({"dense_heads": [1.0]}, TypeError, "dense_heads: expected ints, got float 1.0"),
-        ({"rule": "max"}, ValueError, "rule: expected 'running_max' or 'mass', got 'max'"),
+        ({"rule": "max"}, ValueError, "rule: expected 'running_max', 'mass' or 'mass_summaries', got 'max'"),
         ({"refresh_interval": -1}, ValueError, "refresh_interval: expected 0 .never. or more steps, got -1"),
         ({"use_int8": True}, ValueError, "use_int8: expected False .int8 is not supported., got True"),
     ],

@@ -504,7 +504,7 @@ VALID = {
         ("thresholds", None, ValueError, "thresholds: expected a tensor beside a mask, got None"),
         ("must_visit", torch.zeros(2, dtype=torch.int32), ValueError, r"must_visit: expected shape \(1,\)"),
         ("must_skip", torch.zeros(1), TypeError, "must_skip: expected torch.int32, got torch.float32"),
-        ("rule", "max", ValueError, "rule: expected 'running_max' or 'mass', got 'max'"),
+        ("rule", "max", ValueError, "rule: expected 'running_max', 'mass' or 'mass_summaries', got 'max'"),
         ("thresholds", torch.zeros(2, device="meta"), ValueError, "thresholds: expected a tensor on"),
     ],
 )
