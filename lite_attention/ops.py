@@ -151,6 +151,24 @@ def forward(
     )
 
 
+def visited_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    thresholds: Tensor,
+    must_visit: Tensor | None,
+    must_skip: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Log-sum-exp of the scores that a step from ``mask`` visits, without estimates; ``mask`` stays as it is.
+
+    Arguments and result as `lite_attention.reference.forward`.
+    """
+    step = (mask.clone(), None, thresholds, must_visit, must_skip)
+    return forward(query, key, value, *step, scale, False, "running_max")[1]
+
+
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
