@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from lite_attention import LiteAttention
+from lite_attention import LiteAttention, ops
 from lite_attention.options import Rule
-from lite_attention.reference import LOG2_E
+from lite_attention.reference import LOG2_E, SUMMARY_BEND, spread
 from lite_attention.tiles import BLOCK_K, TILE_Q, ceil_div
 
 SCORES_AT_ONCE = 2**28
@@ -104,18 +104,25 @@ class ProductAttention:
         self._layer = LiteAttention(threshold, rule=rule, refresh_interval=refresh_interval)
         self._dense = LiteAttention(-math.inf)
         self._stopwatch = Stopwatch()
-        self._lse: Tensor
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, skip: bool = True) -> Tensor:
         def attend() -> Tensor:
-            out, self._lse = self._layer(query, key, value, return_softmax_lse=True)
-            return cast(Tensor, out)
+            return cast(Tensor, self._layer(query, key, value))
 
+        state = self._layer.skip_state
+        before = None if state is None else state.mask.clone()
         self._layer.enable_skip_optimization(skip)
         out = self._stopwatch(attend, query.device)
-        _, lse = self._dense(query, key, value, return_softmax_lse=True)
-        self.dropped = -torch.expm1((self._lse - lse).clamp(max=0)).mean()
         self.sparsity = torch.as_tensor(self._layer.sparsity_tensor, dtype=torch.float32)
+        self.dropped = torch.zeros((), device=query.device)
+        if before is not None:
+            # Of visited scores alone: with summaries the log-sum-exp of the step itself has estimates of the others.
+            thresholds = torch.zeros(query.shape[0], device=query.device)
+            visited = ops.visited_lse(query, key, value, before, thresholds, None, None, query.shape[3] ** -0.5)
+            _, lse = self._dense(query, key, value, return_softmax_lse=True)
+            dropped = -torch.expm1((visited - lse).clamp(max=0)).mean()
+            # A step that refreshes or is dense visits all, whatever its mask was.
+            self.dropped = torch.where(self.sparsity.to(query.device) > 0, dropped, 0.0)
         return out
 
     def milliseconds(self) -> float | None:
@@ -222,11 +229,12 @@ Order = Literal["descending", "heaviest"]
 """In which a tile visits blocks: from the last to the first; or so, but the one first that had the largest share of the
 tile's softmax in the step before."""
 
-Summaries = Literal["none", "mean", "variance"]
-"""What stands in for a skipped block: nothing; n keys at the mean; n Gaussian keys, independent in each channel.
+Summaries = Literal["none", "mean", "variance", "bend"]
+"""What stands in for a skipped block: nothing; n keys at the mean; Gaussian keys, independent in each channel, and
+infinitely many of them (``variance``) or n (``bend``).
 
-Its estimated mass, `lite_attention.reference.estimate` without rounding to 8 bits, times its mean value takes part in
-the softmax.
+Its estimated mass times its mean value takes part in the softmax, as in the rule ``mass_summaries``, which is `Mass`
+with ``bend``, of `lite_attention.reference.forward`; summaries are not rounded.
 """
 
 
@@ -413,10 +421,11 @@ class _Keys:
 
     def estimate(self, queries: Tensor) -> Tensor:
         """Log2 of the estimated mass of each block, (rows, blocks), for queries times softmax scale * log2(e)."""
-        spread = 0.0
-        if self.summaries == "variance":
-            spread = queries.square() @ self.variance.T * (math.log(2) / 2)
-        return self.log2_counts + queries @ self.mean.T + spread
+        estimates = self.log2_counts + queries @ self.mean.T
+        if self.summaries == "mean":
+            return estimates
+        variance = queries.square() @ self.variance.T / LOG2_E**2
+        return estimates + (spread(variance, SUMMARY_BEND) if self.summaries == "bend" else variance / 2 * LOG2_E)
 
 
 def _attend_tiles(
@@ -547,12 +556,14 @@ METHODS: dict[str, Family] = {
     "product-dense": Family(_product("mass"), (-math.inf,)),
     "product-running-max": Family(_product("running_max"), (-8, -6, -4, -2)),
     "product-mass": Family(_product("mass"), (-10, -9, -8, -7)),
+    "product-mass-summaries": Family(_product("mass_summaries"), (-10, -9, -8, -7)),
     "product-mass-refresh-8": Family(_product("mass", 8), (-9, -8, -7)),
     "product-mass-warmup": Family(_product("mass"), (-9, -8, -7), 5, 2),
     "running-max-176": Family(_emulated(RunningMax, block_k=176), (-4, -2)),
     "mass-32": Family(_emulated(Mass, block_k=32), (-9, -8)),
     "mass-mean": Family(_emulated(Mass, summaries="mean"), (-8, -7)),
     "mass-variance": Family(_emulated(Mass, summaries="variance"), (-9, -8, -7)),
+    "mass-bend": Family(_emulated(Mass, summaries="bend"), (-9, -8, -7)),
     "mass-variance-32": Family(_emulated(Mass, 32, "variance"), (-9, -8)),
     "mass-variance-refresh-16": Family(_emulated(Mass, summaries="variance", refresh=16), (-7,)),
     "relative-mass": Family(_emulated(RelativeMass), (-1,)),

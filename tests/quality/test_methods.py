@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
@@ -50,17 +51,26 @@ def dense(inputs: Inputs) -> Tensor:
     return methods.dense_attention(*(tensor.double() for tensor in inputs)).float()
 
 
-@pytest.mark.parametrize(("rule", "decision"), [("running_max", RunningMax(-5.0)), ("mass", Mass(-7.0))])
+def policy_of(rule: Rule, threshold: float, refresh_interval: int = 0) -> Policy:
+    decision = RunningMax(threshold) if rule == "running_max" else Mass(threshold)
+    summaries: methods.Summaries = "bend" if rule == "mass_summaries" else "none"
+    return Policy(decision, summaries=summaries, refresh_interval=refresh_interval)
+
+
+@pytest.mark.parametrize(
+    ("rule", "threshold_at"),
+    [("running_max", -5.0), ("mass", -7.0), ("mass_summaries", -7.0), ("mass_summaries", -3.0)],
+)
 @pytest.mark.parametrize("scores_at_once", [methods.SCORES_AT_ONCE, 1])
 def test_emulator_equals_the_reference(
-    rule: Rule, decision: Decision, scores_at_once: int, monkeypatch: pytest.MonkeyPatch
+    rule: Rule, threshold_at: float, scores_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(methods, "SCORES_AT_ONCE", scores_at_once)
-    attention = EmulatedAttention(Policy(decision))
+    attention = EmulatedAttention(policy_of(rule, threshold_at))
     tokens_q, tokens_k, heads = 300, 430, 2
     blocks, tiles = ceil_div(tokens_k, BLOCK_K), ceil_div(tokens_q, TILE_Q)
     mask, lse = all_blocks(blocks).repeat(2, heads, tiles, 1), torch.full((2, heads, tokens_q), math.inf)
-    threshold = torch.full((2,), decision.threshold)  # type: ignore[attr-defined]
+    threshold = torch.full((2,), threshold_at)
     skipped = 0.0
     for inputs in steps(4, tokens_q, tokens_k, heads):
         out = attention(*inputs)
@@ -76,11 +86,10 @@ def test_emulator_equals_the_reference(
     assert 0.2 < skipped < 0.9
 
 
-@pytest.mark.parametrize("rule", ["running_max", "mass"])
+@pytest.mark.parametrize("rule", get_args(Rule))
 def test_product_and_emulator_agree_about_every_figure(rule: Rule) -> None:
     product = ProductAttention(-6.0, rule, refresh_interval=3)
-    decision = RunningMax(-6.0) if rule == "running_max" else Mass(-6.0)
-    emulated = EmulatedAttention(Policy(decision, refresh_interval=3))
+    emulated = EmulatedAttention(policy_of(rule, -6.0, refresh_interval=3))
     for number, inputs in enumerate(steps(5)):
         skip = number != 1
         assert_close(product(*inputs, skip), emulated(*inputs, skip))
@@ -98,7 +107,7 @@ def test_the_emulator_computes_in_float32_wherever_it_is_called() -> None:
     assert half.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("summaries", ["none", "mean", "variance"])
+@pytest.mark.parametrize("summaries", get_args(methods.Summaries))
 @pytest.mark.parametrize("grid", [Grid(), Grid(block_k=176), Grid(tile_q=64, block_k=32), Grid(block_k=1000)])
 def test_first_step_and_dense_steps_are_dense(summaries: methods.Summaries, grid: Grid) -> None:
     attention = EmulatedAttention(Policy(Mass(-4.0), grid, summaries))
@@ -122,7 +131,7 @@ def test_no_tile_is_left_with_nothing_to_visit(decision: Decision, summaries: me
         assert attention.visited is not None and attention.visited.any(-1).all()
 
 
-@pytest.mark.parametrize(("summaries", "spread"), [("mean", 0.0), ("variance", 0.7)])
+@pytest.mark.parametrize(("summaries", "spread"), [("mean", 0.0), ("variance", 0.7), ("bend", 0.4)])
 def test_summaries_stand_in_for_skipped_blocks(summaries: methods.Summaries, spread: float) -> None:
     # Keys of a block are alike, or Gaussian and many: then the estimate is right.
     random = torch.Generator().manual_seed(0)
