@@ -31,23 +31,23 @@ run() {
 }
 
 {
-    run 0 250 video_quality evaluate --out "$out" --videos 2 --steps 25 --methods \
+    run 0 290 video_quality evaluate --out "$out" --videos 2 --steps 25 --methods \
         product-dense product-mass:-10,-9,-8.6,-8,-7.6,-7,-6.6,-6,-5,-4,-2 product-running-max:-10,-8,-6,-4,-3,-2,-1 \
         product-mass-refresh-8:-8,-7,-6 product-mass-warmup:-8,-7 \
-        running-max-176:-5,-4,-3,-2,-1 mass-variance:-8.5,-8,-7,-6
-    run 0 300 video_quality_summaries evaluate --out "$out" --videos 2 --steps 25 --methods \
+        running-max-176:-5,-4,-3,-2,-1 mass-variance:-8.5,-8,-7,-6 mass-bend:-8.5,-8,-7,-6
+    run 0 360 video_quality_summaries evaluate --out "$out" --videos 2 --steps 25 --methods \
         product-mass:-9,-8,-7 mass-variance-32:-9,-8,-7 mass-mean:-8.5,-7.5,-6.5 mass-variance-refresh-16:-6.5
 } &
 {
     run 1 30 trace trace --threshold -8 --rule mass --steps 24 --out "$out/video.trace"
     run 1 110 video_calibration calibrate --videos 2 --steps 20 --out "$out"
-    run 1 300 video_quality_tries_8 evaluate --out "$out" --videos 2 --steps 25 --frames 8 --methods \
+    run 1 360 video_quality_tries_8 evaluate --out "$out" --videos 2 --steps 25 --frames 8 --methods \
         product-dense product-mass:-10,-9,-8.6,-8,-7.6,-7,-6.6,-6,-5.6,-5 product-running-max:-6,-4,-3,-2,-1 \
         budget:-6,-5,-4,-3 budget-binned:-5,-4,-3 running-max-176:-4,-3,-2,-1 running-max-heaviest:-7,-6,-5,-4 \
         in-pass:-7,-5,-3,-2 in-pass-heaviest:-9,-7,-6,-5 mass-in-pass-3:-8,-7,-6 mass-rotating-8:-7,-6,-5 \
         product-mass-refresh-8:-7,-6,-5 budget-worst-row:-4,-3,-2,-1 mass-in-pass:-8,-7 mass-in-pass-3-heaviest:-7,-6
 } &
-run 1 300 video_quality_tries evaluate --out "$out" --videos 2 --steps 25 --methods \
+run 1 360 video_quality_tries evaluate --out "$out" --videos 2 --steps 25 --methods \
     product-mass:-9,-8,-7.6,-7,-6.6,-6 budget:-5,-4,-3 budget-binned:-4 running-max-heaviest:-6,-5 \
     in-pass-heaviest:-8,-6 mass-in-pass-3:-8,-7 mass-rotating-8:-7,-6 budget-worst-row:-3,-2 in-pass:-4 &
 wait
