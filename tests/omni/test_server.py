@@ -68,9 +68,7 @@ class Server:
         if options is not None:
             form["extra_params"] = json.dumps(options)
         files = {name: (None, str(value)) for name, value in form.items()}
-        answer = self.client.post(path, files=files)
-        lost = OLD and answer.status_code >= 500  # see Engine.run
-        return self.client.post(path, files=files) if lost else answer
+        return self.client.post(path, files=files)
 
     def image(self, options: dict[str, Any]) -> httpx.Response:
         body = {"prompt": "a cat", "size": "64x64", "num_inference_steps": STEPS, "guidance_scale": 3.0, "seed": 0}

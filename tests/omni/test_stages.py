@@ -107,7 +107,7 @@ def test_an_engine_in_another_process_says_and_counts_what_was_skipped(directory
     engine = """
 import pickle, sys
 from types import SimpleNamespace
-from tests.omni.cpu import prepare
+from tests.omni.prepare import prepare
 operators = prepare()
 from prometheus_client import REGISTRY
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
