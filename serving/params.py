@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Self, TypeVar
+from typing import Annotated, Any, Final, Self, TypeVar, cast, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from lite_attention.calibration import DecodeCalibration
+from lite_attention.options import RULES_SHOWN, Rule
 
 PREFIX: Final = "lite_attn_"
 CONFIG_KEY: Final = "lite_attn"
@@ -79,6 +80,12 @@ def _name(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
     raise ValueError("expected the name of a profile")
+
+
+def _rule(value: Any) -> Rule:
+    if value in get_args(Rule):
+        return cast(Rule, value)
+    raise ValueError(f"expected {RULES_SHOWN}")
 
 
 def _profiles(value: Any) -> dict[str, DecodeCalibration]:
@@ -205,10 +212,14 @@ class ServerOptions(_ServerOptions):
 
 
 class DenoiseServerOptions(_ServerOptions):
-    """Of a server of a diffusion model."""
+    """Of a server of a diffusion model.
+
+    All requests skip by the same `rule`, which decides what memory their states take.
+    """
 
     threshold: Threshold = -8.0
     cooldown_steps: Steps = 0
+    rule: Annotated[Rule, BeforeValidator(_rule)] = "running_max"
 
 
 def parse_request(extra_args: object, server: ServerOptions) -> RequestOptions:

@@ -25,6 +25,7 @@ from lite_attention import ops
 from lite_attention.backend.denoising import state_at, text_ranges, valid_keys
 from lite_attention.backend.omni.models import Family, conditioning, family_of
 from lite_attention.backend.omni.pool import PooledAttention, StatePool
+from lite_attention.options import Rule
 from lite_attention.ranges import Range
 from lite_attention.serving.params import DenoiseOptions
 from lite_attention.tiles import BLOCK_K, TILE_Q, ceil_div
@@ -51,6 +52,7 @@ class Request:
 
     Attributes:
         rows: how many rows of a batch are its own.
+        rule: by which its layers skip.
         states: by branch and layer, with the step at which each was last used.
         visited, total: (query tile, key block) pairs, over all layers, branches and steps.
     """
@@ -58,13 +60,15 @@ class Request:
     request_id: str
     options: DenoiseOptions
     rows: int
+    rule: Rule = "running_max"
     states: dict[tuple[int, int], tuple[PooledAttention, int]] = field(default_factory=dict)
     visited: Tensor | float = 0.0
     total: int = 0
 
     def make(self, pool: StatePool) -> PooledAttention:
         """A layer's state."""
-        return PooledAttention(pool, self.options.threshold, refresh_interval=self.options.refresh_interval)
+        options = self.options
+        return PooledAttention(pool, options.threshold, rule=self.rule, refresh_interval=options.refresh_interval)
 
     def release(self) -> None:
         """Give all states back."""

@@ -106,7 +106,7 @@ def _parse(request: Any, server: DenoiseServerOptions) -> Request:
     params = request.sampling_params
     dummy = request.is_dummy_run_request_id(request.request_id)
     options = _DUMMY if dummy else parse_denoise_request(params.extra_args, server)
-    return Request(request.request_id, options, params.num_outputs_per_prompt or 1)
+    return Request(request.request_id, options, params.num_outputs_per_prompt or 1, server.rule)
 
 
 def _refusal(error: LiteParamError) -> Any:

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lite_attention.options import Rule
 from lite_attention.serving.metrics import read_directory
 from tests.omni.conftest import cpu_only
 from tests.omni.test_joint import PICTURE, TEXT, transformer
@@ -78,6 +79,21 @@ def test_stages_have_their_own_options_counters_and_memory(directory: Path) -> N
     gc.collect()
     read = read_directory(directory)
     assert (read.slots, read.state_bytes, read.rows.sum()) == (1, pools[0].memory_bytes, 5)
+
+
+def test_the_rule_of_a_stage_and_the_memory_that_it_takes(directory: Path) -> None:
+    taken = {}
+    for rule in get_args(Rule):
+        stage = runner(long(), rule=rule)
+        execute(stage)
+        taken[rule] = read_directory(directory).state_bytes
+        shelves = stage.lite_attn_stage.pool._shelves
+        assert {state.rule for shelf in shelves.values() for state in shelf.states} == {rule}
+        del stage
+        gc.collect()
+    lse = 4 * (PICTURE + TEXT)
+    assert taken["running_max"] + lse == taken["mass"] == taken["mass_summaries"]
+    assert "lite_attn.rule: unknown" in str(execute(runner(long()), {"lite_attn": {"rule": "mass"}}).error)
 
 
 def test_sleep_empties_the_memory_of_states(directory: Path) -> None:

@@ -1,13 +1,14 @@
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lite_attention.calibration import DecodeCalibration
+from lite_attention.options import Rule
 from lite_attention.serving.params import (
     DENSE,
     DenoiseOptions,
@@ -113,6 +114,17 @@ def test_files_of_profiles_are_read_and_refused_with_the_reason(tmp_path: Path) 
     ):
         with pytest.raises(ValueError, match=message):
             ServerOptions.from_additional_config({"lite_attn": table | more})
+
+
+def test_the_rule_is_the_servers() -> None:
+    for rule in get_args(Rule):
+        assert DenoiseServerOptions.from_additional_config({"lite_attn": {"rule": rule}}).rule == rule
+    assert DenoiseServerOptions().rule == "running_max"
+    for wrong in ("max", 1, ["mass"]):
+        with pytest.raises(ValueError, match=r"lite_attn\.rule: expected 'running_max', 'mass' or .*, got"):
+            DenoiseServerOptions.from_additional_config({"lite_attn": {"rule": wrong}})
+    with pytest.raises(LiteParamError, match=r"lite_attn\.rule: unknown; expected one of lite_attn.threshold"):
+        parse_denoise_request({"lite_attn": {"rule": "mass"}}, DenoiseServerOptions())
 
 
 def test_options_of_language_models_are_not_those_of_diffusion_models() -> None:
