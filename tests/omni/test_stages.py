@@ -6,6 +6,8 @@ import gc
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -14,10 +16,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lite_attention.costs import Shape
 from lite_attention.options import Rule
 from lite_attention.serving.metrics import read_directory
 from tests.omni.conftest import cpu_only
 from tests.omni.test_joint import PICTURE, TEXT, transformer
+from tests.profiles import make_denoise_profile
 
 pytestmark = cpu_only
 
@@ -94,6 +98,40 @@ def test_the_rule_of_a_stage_and_the_memory_that_it_takes(directory: Path) -> No
     lse = 4 * (PICTURE + TEXT)
     assert taken["running_max"] + lse == taken["mass"] == taken["mass_summaries"]
     assert "lite_attn.rule: unknown" in str(execute(runner(long()), {"lite_attn": {"rule": "mass"}}).error)
+
+
+def test_profiles_of_another_model_are_refused_at_the_first_run() -> None:
+    layer, shape = "transformer.transformer_blocks.0.attn", Shape(TEXT + PICTURE, 1, 16)
+    for thresholds, of_shape, message in (
+        ({layer: -2.0}, shape, None),
+        ({layer: -2.0}, replace(shape, tokens=99), None),
+        (
+            {layer: -2.0},
+            replace(shape, head_dim=32),
+            "'a': calibration: expected 390 keys, 1 heads of 32, .*got .* of 16",
+        ),
+        (
+            {"transformer.blocks.0.attn1": -2.0},
+            shape,
+            "'a': calibration: expected the layers of some/model, .*blocks.0",
+        ),
+    ):
+        profile = make_denoise_profile(thresholds, shape=of_shape)
+        stage = runner(long(), profiles={"a": profile})
+        with pytest.raises(ValueError, match=message) if message is not None else nullcontext():
+            assert execute(stage, {"lite_attn": {"enable": False}}).options.profile is None
+
+
+def test_a_request_alone_is_refused_where_its_profile_is_for_another_size() -> None:
+    layer = "transformer.transformer_blocks.0.attn"
+    sizes = {"fits": TEXT + PICTURE, "larger": 1000}
+    profiles = {name: make_denoise_profile({layer: -2.0}, shape=Shape(size, 1, 16)) for name, size in sizes.items()}
+    stage = runner(long(), profiles=profiles)
+    assert execute(stage, {"lite_attn": {"profile": "fits"}}).options.threshold == -2.0
+    refused = execute(stage, {"lite_attn": {"profile": "larger"}})
+    assert refused.error_status_code == 400
+    assert "lite_attn.profile: expected one for the 390 keys of this video or picture, got 'larger'" in refused.error
+    assert stage.lite_attn_stage.pool.in_use == 0
 
 
 def test_sleep_empties_the_memory_of_states(directory: Path) -> None:
