@@ -9,6 +9,11 @@ Rule = Literal["running_max", "mass", "mass_summaries"]
 """When a key block is cleared, and what stands in for it: `lite_attention.reference.forward` defines the rules."""
 
 
+*_others, _last = map(repr, get_args(Rule))
+RULES_SHOWN = f"{', '.join(_others)} or {_last}"
+"""As an error shows what it expects."""
+
+
 def needs_lse(rule: Rule) -> bool:
     """Whether the rule compares with the log-sum-exp of the step before, which the state then keeps."""
     return rule != "running_max"
@@ -74,8 +79,7 @@ def check_rule(value: object, name: str = "rule") -> Rule:
         ValueError: it does not.
     """
     if value not in get_args(Rule):
-        *others, last = map(repr, get_args(Rule))
-        raise ValueError(f"{name}: expected {', '.join(others)} or {last}, got {value!r}")
+        raise ValueError(f"{name}: expected {RULES_SHOWN}, got {value!r}")
     return cast(Rule, value)
 
 

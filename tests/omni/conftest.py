@@ -70,13 +70,10 @@ class Engine:
         async def one(number: int, job: dict[str, Any]) -> Any:
             from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
-            options: dict[str, Any] = {"guidance_scale": 3.0, "num_inference_steps": STEPS, "seed": number} | job
+            options: dict[str, Any] = {"guidance_scale": 3.0, "num_inference_steps": STEPS, "seed": number}
+            options |= dict(zip(("height", "width", "num_frames"), VIDEO, strict=True)) | job
             lite_attn = options.pop("lite_attn", None)
-            height, width, frames = VIDEO
             params = OmniDiffusionSamplingParams(
-                height=height,
-                width=width,
-                num_frames=frames,
                 output_type="latent",
                 extra_args={} if lite_attn is None else {"lite_attn": lite_attn},
                 guidance_scale_provided=True,

@@ -127,6 +127,8 @@ def test_memory_of_states_is_in_the_metrics(server: Server) -> None:
         ({"lite_attn": {"refresh_interval": -1}}, "lite_attn.refresh_interval"),
         ({"lite_attn": {"cooldown_steps": "4"}}, "lite_attn.cooldown_steps"),
         ({"lite_attn": {"banana": 1}}, "lite_attn.banana"),
+        ({"lite_attn": {"rule": "mass"}}, "lite_attn.rule: unknown"),
+        ({"lite_attn": {"profile": "careful"}}, "lite_attn.profile: expected none, there are no profiles"),
         ({"lite_attn": 5}, "lite_attn: expected a table"),
         ({"lite_attn_threshold": -4}, "lite_attn.lite_attn_threshold: unknown"),
     ],
