@@ -99,7 +99,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class ProductAttention:
     """`lite_attention.LiteAttention`; a threshold of -inf is its dense attention."""
 
-    def __init__(self, threshold: float, rule: Rule, refresh_interval: int = 0) -> None:
+    def __init__(self, threshold: float | dict[int, float], rule: Rule, refresh_interval: int = 0) -> None:
         self.sparsity = self.dropped = torch.zeros(())
         self._layer = LiteAttention(threshold, rule=rule, refresh_interval=refresh_interval)
         self._dense = LiteAttention(-math.inf)
@@ -552,6 +552,13 @@ def _product(rule: Rule, refresh: int = 0) -> Callable[[float], Attention]:
     return lambda threshold: ProductAttention(threshold, rule, refresh)
 
 
+def _product_rising(rule: Rule, rise: float, steps: int = 25) -> Callable[[float], Attention]:
+    """A threshold that rises by so much over the steps: errors of late steps change a video less."""
+    return lambda threshold: ProductAttention(
+        {step: threshold + rise * step / (steps - 1) for step in range(steps)}, rule
+    )
+
+
 METHODS: dict[str, Family] = {
     "product-dense": Family(_product("mass"), (-math.inf,)),
     "product-running-max": Family(_product("running_max"), (-8, -6, -4, -2)),
@@ -559,6 +566,11 @@ METHODS: dict[str, Family] = {
     "product-mass-summaries": Family(_product("mass_summaries"), (-10, -9, -8, -7)),
     "product-mass-refresh-8": Family(_product("mass", 8), (-9, -8, -7)),
     "product-mass-warmup": Family(_product("mass"), (-9, -8, -7), 5, 2),
+    "product-mass-summaries-warmup": Family(_product("mass_summaries"), (-9, -8, -7), 5, 2),
+    "product-mass-summaries-warmup-3": Family(_product("mass_summaries"), (-9, -8, -7), 3),
+    "product-mass-summaries-rising-2": Family(_product_rising("mass_summaries", 2.0), (-10, -9, -8), 3),
+    "product-mass-summaries-rising-4": Family(_product_rising("mass_summaries", 4.0), (-11, -10, -9), 3),
+    "product-running-max-warmup": Family(_product("running_max"), (-6, -4, -2), 5, 2),
     "running-max-176": Family(_emulated(RunningMax, block_k=176), (-4, -2)),
     "mass-32": Family(_emulated(Mass, block_k=32), (-9, -8)),
     "mass-mean": Family(_emulated(Mass, summaries="mean"), (-8, -7)),
