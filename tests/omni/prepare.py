@@ -19,7 +19,7 @@ import torch
 def prepare() -> torch.library.Library | None:
     """Where no GPU is, make `vllm_omni` importable, and the CPU its platform. Keep what it returns."""
     gpu = torch.cuda.is_available()
-    # Of entry points: the platform, or the lock of one_writer.py. Processes to come load sitecustomize.py there.
+    # Of entry points: the platform, or what lost_outputs.py mends. Processes to come load sitecustomize.py there.
     plugin = str(Path(__file__).with_name("plugin_gpu" if gpu else "plugin"))
     sys.path.append(plugin)
     paths = (plugin, str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "") if gpu else "")
