@@ -9,6 +9,7 @@ Groups:
     dense     every head size and length, causal and not, a batch: against FlashAttention 3
     tracking  deciding in every visited block while nothing is cleared: what the rules cost
     sparse    a share of the blocks skipped, chosen one by one or in runs of 8; the mask stays as it is
+    summaries what it costs that summaries stand in for skipped blocks, against leaving them out; making them alone
 
 Examples:
     python -m benchmarks.forward_time                          # everything, about two minutes on an H100
@@ -32,13 +33,16 @@ from tqdm import tqdm
 
 from benchmarks.results import DIRECTORY, write_result
 from lite_attention import ops
-from lite_attention.options import Rule
+from lite_attention.forward_cuda import summarize_blocks
+from lite_attention.options import Rule, needs_lse
 from lite_attention.ranges import all_blocks, pack_bits, unpack_bits
 from lite_attention.tiles import BLOCK_K, TILE_Q, ceil_div
 
 NEVER = -50.0  # a threshold that no block passes, so that the mask stays as it is
 SHARES = (0.2, 0.4, 0.6, 0.8, 0.9)
 RUNS = (1, 8)
+SUMMARIZED_SHARES = (0.0, 0.5, 0.9)
+RULES: tuple[Rule, ...] = ("mass", "mass_summaries")  # without and with summaries
 DTYPE = torch.bfloat16
 
 Call = Callable[[], Any]
@@ -84,6 +88,7 @@ GROUPS = {
     ],
     "tracking": LONG,
     "sparse": LONG,
+    "summaries": [Workload(32760, 12, head_dim) for head_dim in (128, 64)],
 }
 
 
@@ -107,11 +112,11 @@ def dense_call(inputs: tuple[Tensor, Tensor, Tensor], causal: bool = False) -> C
 
 
 def tracking_call(inputs: tuple[Tensor, Tensor, Tensor], mask: Tensor, rule: Rule) -> Call:
-    """A call that visits what ``mask`` says and clears nothing; with ``mass`` it starts from a former step's state."""
+    """A call that visits what ``mask`` says and clears nothing; a rule that has a state has that of a former step."""
     query = inputs[0]
     batch, tokens, heads, head_dim = query.shape
     lse_state = None
-    if rule == "mass":
+    if needs_lse(rule):
         lse_state = torch.full((batch, heads, tokens), math.inf, dtype=torch.float32, device=query.device)
     thresholds = torch.full((batch,), NEVER, device=query.device)
 
@@ -120,6 +125,18 @@ def tracking_call(inputs: tuple[Tensor, Tensor, Tensor], mask: Tensor, rule: Rul
 
     call()
     return call
+
+
+def restoring_call(inputs: tuple[Tensor, Tensor, Tensor], mask: Tensor, rule: Rule) -> Call:
+    """The same with a copy of ``mask`` that is made again before each call: summaries have skipped blocks come back."""
+    stepped = mask.clone()
+    call = tracking_call(inputs, stepped, rule)
+
+    def restored() -> Any:
+        stepped.copy_(mask)
+        return call()
+
+    return restored
 
 
 def random_mask(workload: Workload, share: float, run: int, device: torch.device | str = "cuda") -> Tensor:
@@ -204,19 +221,40 @@ def sparse(workload: Workload, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def summaries(workload: Workload, rounds: int) -> list[dict[str, Any]]:
+    inputs = workload.inputs()
+    _, key, value = inputs
+    calls = {"dense": dense_call(inputs), "summaries alone": lambda: summarize_blocks(key, value, None)}
+    for share in SUMMARIZED_SHARES:
+        mask = random_mask(workload, share, 1)
+        for rule in RULES:
+            calls[f"{share} by {rule}"] = restoring_call(inputs, mask, rule)
+    times = measure(calls, workload, rounds)
+    rows = [
+        row("summaries", workload, "summaries alone", times, share_of_dense=ratio(times, "summaries alone", "dense"))
+    ]
+    for share in SUMMARIZED_SHARES:
+        without, name = (f"{share} by {rule}" for rule in RULES)
+        pairs = zip(times[name], times[without], times["dense"], strict=True)
+        cost = statistics.median((a - b) / dense for a, b, dense in pairs)
+        rows.append(row("summaries", workload, without, times, share=share))
+        rows.append(row("summaries", workload, name, times, share=share, share_of_dense=cost))
+    return rows
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
     def cell(value: float | None, form: str = ".3f") -> str:
         return "" if value is None else format(value, form)
 
-    print("| group | head dim | tokens × heads | call | skipped | ms | TFLOP/s | vs FA3 | vs dense | of ideal |")
-    print("|---" * 10 + "|")
+    print("| group | head dim | tokens × heads | call | skipped | ms | TFLOP/s | vs FA3 | vs dense | of ideal | cost |")
+    print("|---" * 11 + "|")
     for r in rows:
         workload = Workload(*(r[name] for name in Workload._fields))
-        tflops = "" if r["group"] == "sparse" else f"{r['tflops']:.0f}"
+        tflops = "" if r["group"] in ("sparse", "summaries") else f"{r['tflops']:.0f}"
         print(
             f"| {r['group']} | {r['head_dim']} | {workload} | {r['call']} | {cell(r.get('skipped'))} "
             f"| {r['milliseconds']:.3f} | {tflops} | {cell(r['against_fa3'])} | {cell(r['against_dense'])} "
-            f"| {cell(r.get('of_ideal'))} |"
+            f"| {cell(r.get('of_ideal'))} | {cell(r.get('share_of_dense'), '.4f')} |"
         )
 
 
@@ -233,7 +271,7 @@ def main() -> None:
         print("fa3-fwd is not installed: only own times")
 
     rounds = min(args.rounds, 2) if args.quick else args.rounds
-    measures = {"dense": dense, "tracking": tracking, "sparse": sparse}
+    measures = {"dense": dense, "tracking": tracking, "sparse": sparse, "summaries": summaries}
     work = [(group, workload) for group in args.only for workload in GROUPS[group][: 1 if args.quick else None]]
     rows = [r for group, workload in tqdm(work, unit="shape") for r in measures[group](workload, rounds)]
     setup = {"dtype": str(DTYPE).removeprefix("torch."), "rounds": rounds, "quick": args.quick, "groups": args.only}

@@ -110,6 +110,8 @@ CASES: dict[str, tuple[Forward | Decode, ...]] = {
         Forward("mass", rule="mass"),
         Forward("running_max causal, ragged", 200, 333, rule="running_max", causal=True),
         Forward("mass ragged, grouped", 129, 333, 2, 4, 2, rule="mass"),
+        Forward("mass_summaries", rule="mass_summaries"),
+        Forward("mass_summaries ragged, grouped", 129, 2333, 2, 4, 2, rule="mass_summaries"),
         Forward("one token", 1, 1, rule="mass"),
         Forward("more tiles than multiprocessors", 640, 200, 2, 16, 4, rule="running_max"),
     ),

@@ -23,7 +23,9 @@ using torch::stable::Tensor;
 constexpr char const* kForwardSchema =
     "forward_sm90(Tensor query, Tensor key, Tensor value, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) counter, "
     "Tensor(d!)? mask, Tensor(e!)? lse_state, Tensor? thresholds, Tensor? must_visit, Tensor? must_skip, "
-    "float scale, bool causal, bool mass) -> ()";
+    "Tensor? summaries, Tensor(f!)? skipped, float scale, bool causal, int rule) -> ()";
+constexpr char const* kSummarizeBlocksSchema =
+    "summarize_blocks_sm90(Tensor key, Tensor value, Tensor? must_skip, Tensor(a!) summaries) -> ()";
 constexpr char const* kSummarizeSchema =
     "summarize_sm90(Tensor key_cache, Tensor slot_mapping, Tensor(a!) summaries) -> ()";
 constexpr char const* kDecodeSchema =
@@ -72,7 +74,8 @@ void launch(Tensor const& tensor, Kernels kernels) {
     STD_TORCH_CHECK(error == nullptr, error);
 }
 
-// The layouts of `sm90::ForwardParams`; results and state are written in place. RuntimeError if the launch fails.
+// The layouts of `sm90::ForwardParams`; results and state are written in place, `rule` is a number of `sm90::Rule`. RuntimeError
+// if the launch fails.
 void forward_sm90(
     Tensor const& query,
     Tensor const& key,
@@ -85,9 +88,11 @@ void forward_sm90(
     std::optional<Tensor> const& thresholds,
     std::optional<Tensor> const& must_visit,
     std::optional<Tensor> const& must_skip,
+    std::optional<Tensor> const& summaries,
+    std::optional<Tensor> const& skipped,
     double scale,
     bool causal,
-    bool mass) {
+    int64_t rule) {
     sm90::ForwardParams params{};
     params.query = view(query);
     params.key = view(key);
@@ -109,6 +114,8 @@ void forward_sm90(
     params.thresholds = data<float>(thresholds);
     params.must_visit = data<int32_t>(must_visit);
     params.must_skip = data<int32_t>(must_skip);
+    params.summaries = summaries ? summaries->data_ptr() : nullptr;
+    params.skipped = data<int32_t>(skipped);
     params.batch = static_cast<int>(query.size(0));
     params.tokens_q = static_cast<int>(query.size(1));
     params.tokens_k = static_cast<int>(key.size(1));
@@ -117,10 +124,26 @@ void forward_sm90(
     params.head_dim = static_cast<int>(query.size(3));
     params.scale = static_cast<float>(scale);
     params.causal = causal;
-    params.rule = mass ? sm90::Rule::kMass : sm90::Rule::kRunningMax;
+    params.rule = static_cast<sm90::Rule>(rule);
     params.dtype = dtype(query);
     if (params.batch == 0 || params.tokens_q == 0 || params.heads == 0) { return; }
     launch(query, [&](cudaStream_t stream) { return sm90::forward(params, stream); });
+}
+
+void summarize_blocks_sm90(
+    Tensor const& key, Tensor const& value, std::optional<Tensor> const& must_skip, Tensor const& summaries) {
+    sm90::SummarizeBlocksParams params{};
+    params.key = view(key);
+    params.value = view(value);
+    params.must_skip = data<int32_t>(must_skip);
+    params.summaries = summaries.data_ptr();
+    params.batch = static_cast<int>(key.size(0));
+    params.tokens_k = static_cast<int>(key.size(1));
+    params.kv_heads = static_cast<int>(key.size(2));
+    params.head_dim = static_cast<int>(key.size(3));
+    params.dtype = dtype(key);
+    if (params.batch == 0 || params.tokens_k == 0) { return; }
+    launch(key, [&](cudaStream_t stream) { return sm90::summarize_blocks(params, stream); });
 }
 
 sm90::SummaryView summary_view(Tensor const& summaries) {
@@ -210,12 +233,14 @@ extern "C" __attribute__((visibility("default"))) int64_t lite_attention_decode_
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lite_attention, library) {
     library.def(lite_attention::kForwardSchema);
+    library.def(lite_attention::kSummarizeBlocksSchema);
     library.def(lite_attention::kSummarizeSchema);
     library.def(lite_attention::kDecodeSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lite_attention, CUDA, library) {
     library.impl("forward_sm90", TORCH_BOX(&lite_attention::forward_sm90));
+    library.impl("summarize_blocks_sm90", TORCH_BOX(&lite_attention::summarize_blocks_sm90));
     library.impl("summarize_sm90", TORCH_BOX(&lite_attention::summarize_sm90));
     library.impl("decode_sm90", TORCH_BOX(&lite_attention::decode_sm90));
 }

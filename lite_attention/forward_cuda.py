@@ -1,5 +1,7 @@
 """`lite_attention::forward` on Hopper GPUs: prepares memory for the kernels of ``csrc/sm90``."""
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -7,6 +9,7 @@ from torch.nn.functional import pad
 from lite_attention.native import cuda
 from lite_attention.native.cuda import ALIGNMENT, DTYPES, MAX_HEAD_DIM
 from lite_attention.options import Rule
+from lite_attention.tiles import BLOCK_K, ceil_div
 
 
 def check_supported(query: Tensor) -> None:
@@ -44,11 +47,11 @@ def forward(
     Decisions are those of the reference within rounding (of bfloat16, for ``running_max`` on bfloat16), but for blocks
     more than 100 log2 units below the row's weights, which stay.
 
-    Launches on the current stream and never waits. Allocates the results only, except for inputs that the GPU's
-    copy engine cannot read, which are copied first: those not aligned to 16 bytes or with a dimension that is
-    expanded or has a stride of no multiple of 16 bytes, those with a last dimension that is not contiguous, and those
-    whose head_dim is no multiple of 8, which are padded with zeros; the query also where scale is not positive. The
-    mask and lse_state are copied to and fro if their last dimension is not contiguous.
+    Launches on the current stream and never waits. Allocates the results, with ``mass_summaries`` the summaries and as
+    much as the mask, and copies of inputs that the GPU's copy engine cannot read: of those not aligned to 16 bytes or
+    with a dimension that is expanded or has a stride of no multiple of 16 bytes, of those with a last dimension that is
+    not contiguous, and of those whose head_dim is no multiple of 8, padded with zeros; of the query also where scale is
+    not positive. The mask and lse_state are copied to and fro if their last dimension is not contiguous.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `check_supported` says.
@@ -66,6 +69,11 @@ def forward(
     words = torch.empty(rows + 1, dtype=torch.float32, device=query.device)
     lse, counter = words[:rows].view(batch, heads, tokens_q), words[rows:].view(torch.int32)
     mask_rows, lse_rows = _contiguous_rows(mask), _contiguous_rows(lse_state)
+    must_visit, must_skip = _contiguous_rows(must_visit), _contiguous_rows(must_skip)
+    summaries = skipped = None
+    if rule == "mass_summaries" and mask is not None:
+        summaries = summarize_blocks(key, value, must_skip)
+        skipped = torch.empty_like(mask, memory_format=torch.contiguous_format)
 
     torch.ops.lite_attention.forward_sm90(
         query,
@@ -77,16 +85,33 @@ def forward(
         mask_rows,
         lse_rows,
         _contiguous_rows(thresholds),
-        _contiguous_rows(must_visit),
-        _contiguous_rows(must_skip),
+        must_visit,
+        must_skip,
+        summaries,
+        skipped,
         scale,
         causal,
-        rule == "mass",
+        get_args(Rule).index(rule),
     )
     for state, written in ((mask, mask_rows), (lse_state, lse_rows)):
         if state is not None and written is not None and written is not state:
             state.copy_(written)
     return out[..., :head_dim].contiguous(), lse
+
+
+def summarize_blocks(key: Tensor, value: Tensor, must_skip: Tensor | None) -> Tensor:
+    """As `lite_attention.reference.summarize_blocks`, in one tensor (3, batch, blocks, kv_heads, head_dim).
+
+    Those of the blocks in ``must_skip``, int32 (words,), are zeros, whatever the blocks hold.
+
+    Args:
+        key, value: (batch, tokens_k, kv_heads, head_dim), which the GPU's copy engine can read.
+    """
+    batch, tokens_k, kv_heads, head_dim = key.shape
+    shape = (3, batch, ceil_div(tokens_k, BLOCK_K), kv_heads, head_dim)
+    summaries = torch.empty(shape, dtype=key.dtype, device=key.device)
+    torch.ops.lite_attention.summarize_blocks_sm90(key, value, must_skip, summaries)
+    return summaries
 
 
 def _readable(tensor: Tensor) -> Tensor:

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lite_attention import LiteAttention, SeqParallelLiteAttention, merge_attention, ops
-from lite_attention.options import Rule
+from lite_attention import LiteAttention, SeqParallelLiteAttention, merge_attention, ops, reference
+from lite_attention.forward_cuda import summarize_blocks
+from lite_attention.options import Rule, needs_lse
 from lite_attention.ranges import all_blocks, pack_bits, unpack_bits
 from lite_attention.tiles import BLOCK_K, TILE_Q
 from tests.library.forward_cases import (
+    ALL_RULES,
     RULES,
     SHAPES,
     Inputs,
     Shape,
     State,
     Tolerance,
+    assert_mask_agrees,
     assert_result_agrees,
     assert_step_agrees,
     block_bits,
@@ -168,7 +171,7 @@ def test_dense_with_many_keys(dtype: torch.dtype, head_dim: int, tokens_k: int, 
     torch.testing.assert_close(lse.double(), expected_lse, rtol=TOLERANCES[dtype].lse, atol=TOLERANCES[dtype].lse)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 @pytest.mark.parametrize("head_dim", [7, 64, 72, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_steps_of_every_type_and_head_size(dtype: torch.dtype, head_dim: int, rule: Rule) -> None:
@@ -178,7 +181,7 @@ def test_steps_of_every_type_and_head_size(dtype: torch.dtype, head_dim: int, ru
         assert_agrees(cuda_inputs(shape, dtype, seed), state, [-5.0], rule)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 @pytest.mark.parametrize("name", GPU_SHAPES)
 def test_steps_of_every_shape(name: str, rule: Rule) -> None:
     """Four steps over drifting inputs, each from the state that the kernel left."""
@@ -203,7 +206,7 @@ def test_causal_steps(head_dim: int, lengths: tuple[int, int], rule: Rule) -> No
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.01, 0.0, -0.125])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_scale(rule: Rule, scale: float) -> None:
     shape = Shape(head_dim=64)
     state = cuda_state(shape)
@@ -216,7 +219,7 @@ def test_scale(rule: Rule, scale: float) -> None:
     [(1, 0, 70), (1, 70, 0), (1, 0, 0), (0, 70, 70)],
     ids=["no queries", "no keys", "nothing", "no sequences"],
 )
-@pytest.mark.parametrize("rule", [None, *RULES])
+@pytest.mark.parametrize("rule", [None, *ALL_RULES])
 def test_empty(batch: int, tokens_q: int, tokens_k: int, rule: Rule | None) -> None:
     shape = Shape(batch, tokens_q, tokens_k, head_dim=64)
     inputs = cuda_inputs(shape)
@@ -295,7 +298,7 @@ STRIDED = {
 }
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 @pytest.mark.parametrize("layout", STRIDED)
 def test_strided_inputs(layout: str, rule: Rule) -> None:
     shape = Shape(batch=2, heads=4, head_dim=64)
@@ -309,7 +312,7 @@ def test_strided_inputs(layout: str, rule: Rule) -> None:
     assert_agrees(inputs, state, [-5.0, -3.0], rule)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_state_in_a_pool_of_slots(rule: Rule) -> None:
     shape = Shape(batch=2, head_dim=64)
     pool = cuda_state(shape._replace(batch=4))
@@ -349,7 +352,7 @@ def test_skipped_blocks_are_not_read(rule: Rule) -> None:
 # Masks, forced ranges and thresholds
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_each_sequence_has_its_own_threshold(head_dim: int, rule: Rule) -> None:
     shape = Shape(batch=4, tokens_q=300, tokens_k=900, head_dim=head_dim)
@@ -362,7 +365,7 @@ def test_each_sequence_has_its_own_threshold(head_dim: int, rule: Rule) -> None:
     assert_same((state.mask[3], state.lse[3]), off)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_sequences_do_not_disturb_each_other(rule: Rule) -> None:
     """A sequence gives the same bits alone as in a batch of sequences with other thresholds."""
     shape = Shape(batch=5, tokens_q=500, tokens_k=700, heads=6, kv_heads=2, head_dim=128)
@@ -379,7 +382,7 @@ def test_sequences_do_not_disturb_each_other(rule: Rule) -> None:
             assert_same(state, (together.mask[one], together.lse[one]))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_threshold_minus_infinity_is_dense_and_leaves_the_state(rule: Rule) -> None:
     shape = Shape(head_dim=64)
     inputs = cuda_inputs(shape)
@@ -393,7 +396,7 @@ def test_threshold_minus_infinity_is_dense_and_leaves_the_state(rule: Rule) -> N
     assert_same(state, before)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_a_mask_without_bits_visits_everything(rule: Rule) -> None:
     shape = Shape(tokens_q=300, tokens_k=500, head_dim=64)
     state = cuda_state(shape)
@@ -424,7 +427,7 @@ def test_forced_blocks(forced: tuple[tuple[int, ...], tuple[int, ...]], causal: 
         assert_agrees(cuda_inputs(shape, seed=seed), state, [-3.0], rule, visit, skip, causal)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_bits_past_the_last_block_are_ignored_and_written_as_zero(rule: Rule) -> None:
     shape = Shape(tokens_k=34 * BLOCK_K + 1, head_dim=64)
     clean, dirty = cuda_state(shape), cuda_state(shape)
@@ -436,7 +439,7 @@ def test_bits_past_the_last_block_are_ignored_and_written_as_zero(rule: Rule) ->
     assert not (dirty.mask & ~all_blocks(shape.blocks, DEVICE)).any()
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_some_but_not_all_is_skipped(rule: Rule) -> None:
     """The comparisons mean little unless steps like theirs clear some blocks."""
     shape = Shape(tokens_q=1000, tokens_k=1500, heads=4, head_dim=128)
@@ -475,7 +478,7 @@ def test_mass_by_hand(dtype: torch.dtype, head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("row", [0, 7, 8, 63, 64, 127, 128, 129])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_one_row_that_needs_a_block_keeps_it(rule: Rule, row: int) -> None:
     query, key, value = on_device(level_inputs([-9.0, -9.0, 0.0], tokens_q=130, head_dim=64, dtype=torch.bfloat16))
     query[:, row] = -1.0
@@ -488,7 +491,7 @@ def test_one_row_that_needs_a_block_keeps_it(rule: Rule, row: int) -> None:
 
 
 @pytest.mark.parametrize("tokens_q", [1, 65, 127, 129])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_rows_past_the_end_never_keep_a_block(rule: Rule, tokens_q: int) -> None:
     query, key, value = on_device(level_inputs([-9.0, -9.0, 0.0], tokens_q, head_dim=64, dtype=torch.bfloat16))
     longer = query.repeat(1, 300 // tokens_q + 1, 1, 1)[:, :300].clone()
@@ -519,11 +522,177 @@ def test_a_tile_is_never_left_without_blocks(causal: bool) -> None:
     assert state.mask[0, 0, 1] == block_bits(5, 4).to(DEVICE), "the first one visited stays"
 
 
+# Summaries
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 128, 256])
+@pytest.mark.parametrize("tokens_k", [1, 64, 200, 1000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_summaries_of_blocks(dtype: torch.dtype, tokens_k: int, head_dim: int) -> None:
+    """Within a rounding of the reference, whose sums may fall to the other side of it."""
+    shape = Shape(batch=2, tokens_k=tokens_k, heads=3, kv_heads=3, head_dim=head_dim)
+    _, key, value = make_inputs(shape, dtype)
+    key[:, :, 0] += 100.0
+    key[:, :, 1] *= 1000.0
+    expected = torch.stack(reference.summarize_blocks(key, value))
+    for layout in ("contiguous", "packed", "heads first"):
+        _, on_key, on_value = STRIDED.get(layout, tuple)((key.to(DEVICE), key.to(DEVICE), value.to(DEVICE)))
+        found = summarize_blocks(on_key, on_value, None).cpu()
+        torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+
+
+def test_a_block_that_must_be_skipped_has_an_empty_summary() -> None:
+    shape = Shape(tokens_k=40 * BLOCK_K - 3, head_dim=64)
+    _, key, value = cuda_inputs(shape)
+    expected = summarize_blocks(key, value, None)
+    expected[:, :, [3, 39]] = 0.0
+    key[:, 3 * BLOCK_K + 5] = value[:, -1] = math.nan
+    found = summarize_blocks(key, value, block_bits(shape.blocks, 3, 39).to(DEVICE))
+    assert_same((found,), (expected,))
+
+
+def step_with_summaries(
+    inputs: Inputs, state: State, thresholds: Tensor, margin: float, scale: float = 0.125
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp, and masks at thresholds less and plus ``margin``: the reference for much, on the device."""
+    group = inputs[0].shape[2] // inputs[1].shape[2]
+    summaries = torch.stack(reference.summarize_blocks(*(tensor.cpu() for tensor in inputs[1:]))).to(DEVICE)
+    q = inputs[0].double().transpose(1, 2)
+    k, v, mean, variance, mean_value = (
+        tensor.double().transpose(1, 2).repeat_interleave(group, 1) for tensor in (*inputs[1:], *summaries)
+    )
+    tokens_q, tokens_k, blocks = q.shape[2], k.shape[2], mean.shape[2]
+    scores = pad((q @ k.mT) * scale, (0, blocks * BLOCK_K - tokens_k), value=-math.inf).unflatten(-1, (blocks, BLOCK_K))
+    count = torch.tensor([min(BLOCK_K, tokens_k - i * BLOCK_K) for i in range(blocks)], device=DEVICE)
+    extra = reference.spread((q * scale).square() @ variance.mT, reference.SUMMARY_BEND) / reference.LOG2_E
+    estimates = count.log() + (q @ mean.mT) * scale + extra
+    visits = unpack_bits(state.mask, blocks)
+    visited = visits.repeat_interleave(TILE_Q, 2)[:, :, :tokens_q]
+    mass = torch.where(visited, scores.logsumexp(-1), estimates)
+    lse = mass.logsumexp(-1)
+    weights = (scores - lse[..., None, None]).exp().masked_fill(~visited[..., None], 0.0).flatten(-2)
+    stand_ins = (estimates - lse[..., None]).exp().masked_fill(visited, 0.0)
+    out = (weights[..., :tokens_k] @ v + stand_ins @ mean_value).transpose(1, 2)
+
+    def kept(thresholds: Tensor) -> Tensor:
+        wanted = (mass - state.lse[..., None]) * reference.LOG2_E > thresholds[:, None, None, None]
+        bits = pad(wanted, (0, 0, 0, -tokens_q % TILE_Q)).unflatten(2, (-1, TILE_Q)).any(3)
+        first = visits.flip(-1).cumsum(-1).flip(-1) == 1
+        return pack_bits(torch.where(bits.any(-1, keepdim=True), bits, visits & first))
+
+    return out, lse, kept(thresholds - margin), kept(thresholds + margin)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_steps_from_random_masks_with_summaries(dtype: torch.dtype, head_dim: int) -> None:
+    """More tiles of queries than multiprocessors, each with blocks of its own, of grouped heads."""
+    shape = Shape(2, 900, 2500, 12, 4, head_dim)
+    state = cuda_state(shape)
+    state.mask.copy_(random_mask(shape))
+    state.lse.fill_(6.0)
+    query, key, value = cuda_inputs(shape, dtype)
+    for seed, thresholds in enumerate(([-5.0, -8.0], [-3.0, -6.0], [-7.0, -4.0])):
+        drift = 0.1 * torch.randn(query.shape, generator=torch.Generator().manual_seed(seed))
+        inputs = ((query + drift.to(DEVICE)).to(dtype), key, value)
+        expected = step_with_summaries(inputs, state, numbers(*thresholds), TOLERANCES[dtype].margin)
+        out, lse = step(inputs, state, numbers(*thresholds), "mass_summaries")
+        assert_result_agrees(out, lse, *expected[:2], TOLERANCES[dtype])
+        assert_mask_agrees(state.mask, *expected[2:])
+        assert_same((state.lse,), (lse,))
+    assert 0.1 < sparsity_of(state.mask, shape.tokens_k) < 0.95
+
+
+@pytest.mark.parametrize("tokens_k", [64, 65, 32 * BLOCK_K, 64 * BLOCK_K + 1, 96 * BLOCK_K - 1, 1024 * BLOCK_K + 70])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_tiles_of_summaries_at_their_edges(head_dim: int, tokens_k: int) -> None:
+    shape = Shape(tokens_q=20, tokens_k=tokens_k, heads=2, kv_heads=1, head_dim=head_dim)
+    state = cuda_state(shape)
+    state.mask.copy_(random_mask(shape))
+    state.lse.fill_(8.0)
+    for seed in range(2):
+        assert_agrees(cuda_inputs(shape, seed=seed), state, [-5.0], "mass_summaries")
+
+
+@pytest.mark.parametrize("forced", FORCED.values(), ids=FORCED)
+def test_forced_blocks_with_summaries(forced: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    shape = Shape(tokens_q=300, tokens_k=620, head_dim=128)
+    visit, skip = (block_bits(shape.blocks, *chosen) if chosen else None for chosen in forced)
+    state = cuda_state(shape)
+    state.mask.copy_(random_mask(shape))
+    for seed in range(3):
+        assert_agrees(cuda_inputs(shape, seed=seed), state, [-3.0], "mass_summaries", visit, skip)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_must_be_skipped_is_not_summarized(dtype: torch.dtype) -> None:
+    shape = Shape(tokens_k=6 * BLOCK_K, head_dim=128)
+    query, key, value = cuda_inputs(shape, dtype)
+    skip = block_bits(6, 1, 4).to(DEVICE)
+    results = []
+    for poison in (0.0, math.nan, math.inf):
+        key[:, BLOCK_K : 2 * BLOCK_K] = poison
+        value[:, 4 * BLOCK_K : 5 * BLOCK_K] = poison
+        state = cuda_state(shape)
+        state.mask.copy_(block_bits(6, 0, 1, 5).expand_as(state.mask))
+        arguments = (*state, numbers(-4.0), None, skip, 0.125, False, "mass_summaries")
+        results.append((*ops.forward(query, key, value, *arguments), *state))
+    assert not results[0][0].isnan().any()
+    assert_same(results[1], results[0])
+    assert_same(results[2], results[0])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mass_summaries_by_hand(dtype: torch.dtype, head_dim: int) -> None:
+    inputs = on_device(level_inputs([0.0, -5.0, 3.0, -1.0, 0.0], head_dim=head_dim, dtype=dtype))
+    state = cuda_state(Shape(tokens_q=3, tokens_k=5 * BLOCK_K, heads=1))
+    mass = BLOCK_K * (1 + 2**-5 + 8 + 2**-1 + 1)
+    for kept in ((0, 1, 2, 3, 4), (0, 2, 4), (0, 2, 4)):
+        # A block's keys are equal, so that its summary weighs as much: shares are 2**-3.4, -8.4, -0.4, -4.4 and -3.4.
+        _, lse = step(inputs, state, numbers(-4.0), "mass_summaries", scale=math.log(2))
+        torch.testing.assert_close(lse, torch.full_like(lse, math.log(mass)), rtol=1e-4, atol=1e-4)
+        assert torch.equal(state.mask.flatten().cpu(), block_bits(5, *kept))
+    query, key, value = inputs
+    key[:, BLOCK_K : 2 * BLOCK_K, :, 0] = 2.0
+    step((query, key, value), state, numbers(-4.0), "mass_summaries", scale=math.log(2))
+    assert torch.equal(state.mask.flatten().cpu(), block_bits(5, 0, 1, 2, 4)), "block 1 comes back unvisited"
+
+
+@pytest.mark.parametrize("levels", [[60.0, 0.0, -60.0], [-60.0, 0.0, 60.0], [13.0, 10.0, 0.0], [100.0, 99.0, -100.0]])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_summaries_far_from_what_is_visited(dtype: torch.dtype, levels: list[float]) -> None:
+    """An estimate may outweigh what was visited by more than a weight can say."""
+    inputs = on_device(level_inputs(levels, 150, head_dim=128, dtype=dtype))
+    state = cuda_state(Shape(tokens_q=150, tokens_k=3 * BLOCK_K, heads=1))
+    state.mask.copy_(block_bits(3, 2).expand_as(state.mask))
+    state.lse.zero_()
+    for _ in range(2):
+        assert_agrees(inputs, state, [-9.0], "mass_summaries", scale=math.log(2))
+
+
+@pytest.mark.parametrize("row", [0, 7, 8, 63, 64, 127, 128, 129])
+@pytest.mark.parametrize("block", [0, 1, 9, 30, 33, 62])
+def test_one_row_brings_a_block_back(row: int, block: int) -> None:
+    levels = [-9.0] * 63 + [0.0]
+    query, key, value = on_device(level_inputs(levels, tokens_q=130, head_dim=64, dtype=torch.bfloat16))
+    query[..., 1] = 0.0
+    query[:, row, :, 1] = 1.0
+    key[:, block * BLOCK_K : (block + 1) * BLOCK_K, :, 1] = 9.0
+    state = cuda_state(Shape(tokens_q=130, tokens_k=64 * BLOCK_K, heads=1))
+    state.mask.copy_(block_bits(64, 63).expand_as(state.mask))
+    state.lse.fill_(math.log(BLOCK_K))
+    step((query, key, value), state, numbers(-4.0), "mass_summaries", scale=math.log(2))
+    for tile in range(2):
+        kept = (block, 63) if tile == row // TILE_Q else (63,)
+        assert torch.equal(state.mask[0, 0, tile].cpu(), block_bits(64, *kept))
+
+
 # NaN and infinity
 
 
 @pytest.mark.parametrize("block", [0, 2, 5])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_a_block_with_nan_is_kept_and_hurts_its_head_only(rule: Rule, block: int) -> None:
     shape = Shape(head_dim=64)
     query, key, value = cuda_inputs(shape)
@@ -544,12 +713,12 @@ def test_a_block_with_nan_is_kept_and_hurts_its_head_only(rule: Rule, block: int
 
 
 @pytest.mark.parametrize("row", [0, 77, 130, 199])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_a_query_of_nan_keeps_every_block_of_its_tile_and_hurts_its_row_only(rule: Rule, row: int) -> None:
     shape = Shape(head_dim=64)
     query, key, value = cuda_inputs(shape)
     state = cuda_state(shape)
-    if rule == "mass":
+    if needs_lse(rule):
         state.lse.fill_(10.0)
     expected_out, expected_lse = dense(query, key, value, 0.125)
     query[0, row, 0] = math.nan
@@ -561,7 +730,7 @@ def test_a_query_of_nan_keeps_every_block_of_its_tile_and_hurts_its_row_only(rul
     assert_result_agrees(out, lse, *expected, TOLERANCES[torch.bfloat16])
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_a_block_of_plus_infinity_is_kept(rule: Rule) -> None:
     query, key, value = on_device(level_inputs([-20.0, math.inf, 0.0], head_dim=64, dtype=torch.bfloat16))
     key[:, :, :, 1:] = 0.0
@@ -584,7 +753,7 @@ def test_scores_of_minus_infinity(rule: Rule, levels: list[float]) -> None:
 # Streams, graphs and compilers
 
 
-@pytest.mark.parametrize("rule", [None, *RULES])
+@pytest.mark.parametrize("rule", [None, *ALL_RULES])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_runs_are_equal_bit_for_bit(head_dim: int, rule: Rule | None) -> None:
     shape = Shape(2, 1500, 2100, 8, 4, head_dim)
@@ -601,7 +770,7 @@ def test_runs_are_equal_bit_for_bit(head_dim: int, rule: Rule | None) -> None:
         assert_same(result, results[0])
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_a_graph_replays_with_other_inputs_and_thresholds(rule: Rule) -> None:
     shape = Shape(batch=2, tokens_q=300, tokens_k=500, head_dim=128)
     inputs, thresholds = cuda_inputs(shape), numbers(-5.0, -5.0)
@@ -626,7 +795,7 @@ def test_a_graph_replays_with_other_inputs_and_thresholds(rule: Rule) -> None:
         assert_same(state, eager)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_the_current_stream_is_used(rule: Rule) -> None:
     """The inputs arrive late on a stream of their own, and the work must wait for them."""
     shape = Shape(head_dim=64)
@@ -669,7 +838,7 @@ def test_two_streams_do_not_disturb_each_other() -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_compiles_as_one_graph(rule: Rule, backend: str) -> None:
     shape = Shape(head_dim=64)
     inputs, thresholds = cuda_inputs(shape), numbers(-5.0)
@@ -685,7 +854,7 @@ def test_compiles_as_one_graph(rule: Rule, backend: str) -> None:
         assert_same(state, eager)
 
 
-@pytest.mark.parametrize("tracked", ["dense", "running_max", "mass", "forced"])
+@pytest.mark.parametrize("tracked", ["dense", "running_max", "mass", "mass_summaries", "forced"])
 def test_operator_is_registered_correctly(tracked: str) -> None:
     shape = Shape(tokens_q=130, tokens_k=70, head_dim=64)
     state = cuda_state(shape)
@@ -694,9 +863,10 @@ def test_operator_is_registered_correctly(tracked: str) -> None:
         "dense": (None, None, None, None, None),
         "running_max": (state.mask, None, numbers(-4.0), None, None),
         "mass": (state.mask, state.lse, numbers(-4.0), None, None),
+        "mass_summaries": (state.mask, state.lse, numbers(-4.0), None, None),
         "forced": (state.mask, state.lse, numbers(-4.0), word, word),
     }
-    rule = "running_max" if tracked == "running_max" else "mass"
+    rule = tracked if tracked in ALL_RULES else "mass"
     torch.library.opcheck(
         torch.ops.lite_attention.forward.default,
         (*cuda_inputs(shape), *optional[tracked], 0.25, False, rule),
@@ -714,7 +884,7 @@ def moving_inputs(seed: int) -> Inputs:
     return query, key, torch.randn(key.shape, generator=random).to(key.dtype)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_module_takes_the_steps_that_it_takes_on_the_cpu(rule: Rule) -> None:
     on_gpu = LiteAttention(-3.25, rule=rule, refresh_interval=3)
     on_cpu = LiteAttention(-3.25, rule=rule, refresh_interval=3)

@@ -9,6 +9,9 @@ namespace lite_attention::sm90 {
 constexpr int kTileQ = 128;  // queries of one head that share a row of the skip mask
 constexpr int kBlockK = 64;  // keys that are skipped together
 
+// SUMMARY_BEND of `lite_attention/reference.py`.
+constexpr float kSummaryBend = 8.0f;
+
 }  // namespace lite_attention::sm90
 
 #ifdef __CUDACC__
@@ -21,7 +24,10 @@ constexpr int kBlockK = 64;  // keys that are skipped together
 namespace lite_attention::sm90 {
 
 // What a pass notes for the next one.
-enum class Tracking : int { kNone = 0, kRunningMax = 1, kMass = 2 };
+enum class Tracking : int { kNone = 0, kRunningMax = 1, kMass = 2, kMassSummaries = 3 };
+
+// Whether visited blocks are judged by their mass.
+constexpr bool by_mass(Tracking tracking) { return tracking == Tracking::kMass || tracking == Tracking::kMassSummaries; }
 
 constexpr int kWarpgroup = 128;
 constexpr int kWarpQ = 16;                   // queries of a warp that computes
@@ -58,6 +64,9 @@ struct Config {
     static constexpr int kTileK = kBlocks * kBlockK;
     static constexpr int kStages = kWide ? 4 : kHeadDim == 192 ? 3 : 2;
     static constexpr int kQueryStages = kWide || kHeadDim < 128 ? 2 : 1;
+
+    // Summaries that one product tile gathers, 0 where none stand in: means and variances share a stage of the keys.
+    static constexpr int kSummaries = kTracking != Tracking::kMassSummaries ? 0 : kBlocks > 1 ? 64 : 32;
 
     static constexpr bool kTight = kBlocks > 1 && kHeadDim > 64;
     static constexpr int kProducerRegisters = kWide ? 32 : kTight ? 24 : 40;
@@ -126,9 +135,33 @@ struct Visit {
     int block[kBlocks];
 };
 
+// A bit for each of some neighbouring blocks.
+template <int kCount>
+struct BlockBits {
+    static constexpr int kWords = kCount / 32;
+    uint32_t word[kWords];
+};
+
+// The summaries of one product tile.
+template <int kSummaries>
+struct SummaryTile {
+    int block;                       // of the first one; -1: this is a tile of keys
+    BlockBits<kSummaries> stand_in;  // those that take part
+};
+
+// What a product tile has besides where summaries stand in for blocks that are not visited.
+template <int kSummaries>
+struct Summarized {
+    int summary_tiles;  // that follow in the row
+    SummaryTile<kSummaries> summaries;
+    BlockBits<kSummaries> come_back;  // blocks that a query wants to visit in the next step
+};
+template <>
+struct Summarized<0> {};
+
 // A product tile from its plan to the writing of what becomes of its blocks.
-template <int kBlocks>
-struct Step {
+template <int kBlocks, int kSummaries>
+struct Step : Summarized<kSummaries> {
     Work work;  // its row
     Visit<kBlocks> visit;
     int32_t* words;  // the row of the mask, null where it stays as it is
@@ -138,6 +171,9 @@ struct Step {
     // Bits of the blocks that each consumer warp wants to keep.
     alignas(8) uint8_t keep[kMaskWarps];
 };
+
+template <class Config>
+using StepOf = Step<Config::kBlocks, Config::kSummaries>;
 
 template <class Config>
 struct SharedStorage {
@@ -151,7 +187,7 @@ struct SharedStorage {
     Ring<Config::kStages> values;
 
     // Planned by one warp, released by the thread that fetches; in between the consumers read and answer them.
-    Step<Config::kBlocks> step[kSteps];
+    StepOf<Config> step[kSteps];
     Ring<kSteps> steps;
     uint32_t zero;  // see Softmax::judge
 };

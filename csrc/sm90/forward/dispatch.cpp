@@ -8,8 +8,12 @@ namespace {
 template <int kHeadDim, bool kBFloat16>
 char const* by_tracking(ForwardParams const& params, cudaStream_t stream) {
     if (params.mask == nullptr) { return launch<kHeadDim, kBFloat16, 0>(params, stream); }
-    return params.rule == Rule::kRunningMax ? launch<kHeadDim, kBFloat16, 1>(params, stream)
-                                            : launch<kHeadDim, kBFloat16, 2>(params, stream);
+    switch (params.rule) {
+        case Rule::kRunningMax: return launch<kHeadDim, kBFloat16, 1>(params, stream);
+        case Rule::kMass: return launch<kHeadDim, kBFloat16, 2>(params, stream);
+        case Rule::kMassSummaries: return launch<kHeadDim, kBFloat16, 3>(params, stream);
+    }
+    return "unknown rule";
 }
 
 template <int kHeadDim>

@@ -25,20 +25,48 @@ bool encode(
         CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
 }
 
+// The three parts of the summaries, each a tensor with a token a block.
+template <class Config>
+bool encode_summaries(SummaryKernelParams& kernel_params, ForwardParams const& params) {
+    int const blocks = ceil_div(params.tokens_k, kBlockK);
+    int64_t const token_stride = static_cast<int64_t>(params.kv_heads) * params.head_dim;
+    auto* part = static_cast<typename Config::Element*>(params.summaries);
+    bool encoded = true;
+    for (CUtensorMap* const map : {&kernel_params.mean, &kernel_params.variance, &kernel_params.mean_value}) {
+        // No key: as in `launch`.
+        TensorView const view =
+            blocks > 0 ? TensorView{part, blocks * token_stride, token_stride, params.head_dim} : params.query;
+        encoded = encoded && encode<Config>(
+            *map, view, blocks, params.kv_heads, params.batch, params.head_dim, Config::kSummaries);
+        part += params.batch * blocks * token_stride;
+    }
+    return encoded;
+}
+
 template <class Config>
 char const* launch(ForwardParams const& params, cudaStream_t stream) {
     using Element = typename Config::Element;
     // No key: what is read lies past the end, where the map of any tensor gives zeros.
     TensorView const& key = params.tokens_k > 0 ? params.key : params.query;
     TensorView const& value = params.tokens_k > 0 ? params.value : params.query;
-    KernelParams kernel_params;
-    bool const encoded =
+    ParamsOf<Config> kernel_params;
+    bool encoded =
         encode<Config>(
             kernel_params.query, params.query, params.tokens_q, params.heads, params.batch, params.head_dim, Config::kRows) &&
         encode<Config>(
             kernel_params.key, key, params.tokens_k, params.kv_heads, params.batch, params.head_dim, Config::kBoxK) &&
         encode<Config>(
             kernel_params.value, value, params.tokens_k, params.kv_heads, params.batch, params.head_dim, Config::kBoxK);
+    if constexpr (Config::kSummaries > 0) {
+        encoded = encoded && encode_summaries<Config>(kernel_params, params);
+        kernel_params.skipped = params.skipped;
+        // A power of two, which rounds nothing.
+        float const query_scale = std::clamp(std::exp2(std::floor(std::log2(params.scale))), 0x1p-14f, 1.0f);
+        bool const scaled = cute::is_same_v<Element, cutlass::half_t>;
+        float const rest = scaled ? params.scale / query_scale : params.scale;
+        kernel_params.query_scale = query_scale;
+        kernel_params.variance_scale = kLog2E * kLog2E * kSummaryBend * rest * rest;
+    }
     if (!encoded) { return "the copy engine refuses a tensor: expected 16-byte aligned data and strides"; }
 
     int const tiles = ceil_div(params.tokens_q, Config::kRows * Config::kCluster);
@@ -120,5 +148,6 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
 template char const* launch<LITE_HEAD_DIM, LITE_BFLOAT16, 0>(ForwardParams const&, cudaStream_t);
 template char const* launch<LITE_HEAD_DIM, LITE_BFLOAT16, 1>(ForwardParams const&, cudaStream_t);
 template char const* launch<LITE_HEAD_DIM, LITE_BFLOAT16, 2>(ForwardParams const&, cudaStream_t);
+template char const* launch<LITE_HEAD_DIM, LITE_BFLOAT16, 3>(ForwardParams const&, cudaStream_t);
 
 }  // namespace lite_attention::sm90

@@ -30,6 +30,22 @@ struct KernelParams {
     float scale_log2;
 };
 
+// Where summaries stand in for blocks that are not visited.
+struct SummaryKernelParams : KernelParams {
+    // (channels, blocks, key heads, batch)
+    CUtensorMap mean;
+    CUtensorMap variance;
+    CUtensorMap mean_value;
+    int32_t* skipped;  // notes of the planning warps: as much as the mask, contiguous
+    // Queries are multiplied by `query_scale` before they are squared, so that half floats hold the squares; what is still missing is
+    // in the factor of their products with variances, see Softmax::estimate.
+    float query_scale;
+    float variance_scale;
+};
+
+template <class Config>
+using ParamsOf = cute::conditional_t<(Config::kSummaries > 0), SummaryKernelParams, KernelParams>;
+
 // A token that no tensor has: what is read there are zeros, without traffic.
 constexpr int kPastTheEnd = 1 << 30;
 
@@ -55,7 +71,7 @@ CUTLASS_DEVICE void copy_rows(
 
 // Has the copy engine gather queries, keys and values as planned. Runs in one thread.
 template <class Config>
-CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& shared) {
+CUTLASS_DEVICE void fetch(ParamsOf<Config> const& params, SharedStorage<Config>& shared) {
     using Element = typename Config::Element;
     constexpr uint32_t kQueryBytes = Config::kRows * Config::kHeadDim * sizeof(Element);
     constexpr uint32_t kTileBytes = Config::kTileK * Config::kHeadDim * sizeof(Element);
@@ -70,7 +86,7 @@ CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& sha
     };
     for (;; ++n) {
         shared.steps.wait_full(n);
-        Step<Config::kBlocks> const& step = shared.step[shared.steps.place(n)];
+        StepOf<Config> const& step = shared.step[shared.steps.place(n)];
         Work const work = step.work;
         if (step.first) {
             shared.queries.wait_empty(row);
@@ -88,6 +104,24 @@ CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& sha
         }
         int const place = shared.keys.place(n);
         int const kv_head = work.head / params.kv_group;
+        if constexpr (Config::kSummaries > 0) {
+            if (step.summaries.block >= 0) {
+                constexpr uint32_t kBytes = Config::kSummaries * Config::kHeadDim * sizeof(Element);
+                auto copy_summaries = [&](CUtensorMap const& map, uint64_t* full, Element* tiles, int row) {
+                    copy_rows<Config, Config::kTileK, 1>(
+                        map, full, cute::TMA::CacheHintSm90::EVICT_LAST, tiles + place * Config::kTileK * Config::kHeadDim,
+                        row, step.summaries.block, kv_head, work.batch);
+                };
+                shared.keys.wait_empty(n);
+                CopyBarrier::arrive_and_expect_tx(&shared.keys.full[place], 2 * kBytes);
+                copy_summaries(params.mean, &shared.keys.full[place], shared.key, 0);
+                copy_summaries(params.variance, &shared.keys.full[place], shared.key, Config::kSummaries);
+                release();
+                CopyBarrier::arrive_and_expect_tx(&shared.values.full[place], kBytes);
+                copy_summaries(params.mean_value, &shared.values.full[place], shared.value, 0);
+                continue;
+            }
+        }
         int token[Config::kBlocks];
         CUTLASS_PRAGMA_UNROLL
         for (int b = 0; b < Config::kBlocks; ++b) {
@@ -184,8 +218,45 @@ CUTLASS_DEVICE void write(
     }
 }
 
+// The products of a row's queries with means, and of their squares with variances.
 template <class Config>
-CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& shared) {
+struct SummaryProducts {
+    using Element = typename Config::Element;
+    using Shape = cute::Shape<cute::Int<Config::kRows>, cute::Int<Config::kSummaries>, cute::Int<Config::kHeadDim>>;
+    using MmaQM =
+        decltype(cute::make_tiled_mma(cute::GMMA::ss_op_selector<Element, Element, float, Shape>(), typename Config::Warpgroups{}));
+    using MmaSV =
+        decltype(cute::make_tiled_mma(cute::GMMA::rs_op_selector<Element, Element, float, Shape>(), typename Config::Warpgroups{}));
+    // Channels of the squares that fit into registers at a time.
+    static constexpr int kSquares = Config::kHeadDim == 256 ? 64 : Config::kHeadDim;
+};
+
+// Loads 16 channels of a warp's queries as the first operand of a product, each times `scale` and squared. `part`: this lane's 8
+// channels of one query.
+template <class Element>
+CUTLASS_DEVICE void load_squares(Element const& part, float scale, uint32_t* squares) {
+    using Pair = cute::conditional_t<cute::is_same_v<Element, cutlass::bfloat16_t>, __nv_bfloat162, __half2>;
+    cute::SM75_U32x4_LDSM_N::copy(
+        reinterpret_cast<cute::uint128_t const&>(part), squares[0], squares[1], squares[2], squares[3]);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        Pair pair = reinterpret_cast<Pair const&>(squares[i]);
+        // All squares are in the range of bfloat16.
+        if constexpr (cute::is_same_v<Pair, __half2>) { pair = __hmul2(pair, __float2half2_rn(scale)); }
+        pair = __hmul2(pair, pair);
+        squares[i] = reinterpret_cast<uint32_t const&>(pair);
+    }
+}
+
+// Tells the compiler that nobody needs any more what these registers hold: the products that overwrite them name them as operands.
+template <class Fragment>
+CUTLASS_DEVICE void forget(Fragment& fragment) {
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < size(fragment); ++i) { asm volatile("" : "=f"(fragment(i))); }
+}
+
+template <class Config>
+CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config>& shared) {
     using namespace cute;
     using Element = typename Config::Element;
     constexpr Tracking kTracking = Config::kTracking;
@@ -249,11 +320,11 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         }
         warpgroup_commit_batch();
     };
-    auto issue_pv = [&](uint32_t n) {
+    auto issue_pv = [&](uint32_t n, auto keys) {
         warpgroup_fence_operand(out);
         warpgroup_arrive();
         CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < size<2>(weights); ++i) {
+        for (int i = 0; i < keys / 16; ++i) {
             cute::gemm(mma_pv, weights(_, _, i), v(_, _, i, shared.values.place(n)), out);
             mma_pv.accumulate_ = GMMA::ScaleOut::One;
         }
@@ -268,6 +339,93 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         if (kTracking != Tracking::kNone && lane == 0) { shared.step[shared.steps.place(n)].keep[warp] = keep; }
     };
 
+    // Has the summaries of blocks that a row does not visit take part, from step n on.
+    auto attend_summaries = [&](int tiles) {
+        if constexpr (Config::kSummaries > 0) {
+            constexpr int kSummaries = Config::kSummaries;
+            using Products = SummaryProducts<Config>;
+            typename Products::MmaQM mma_qm;
+            typename Products::MmaSV mma_sv;
+            auto summaries = [&](int part) {
+                return local_tile(key, Shape<Int<kSummaries>, Int<Config::kHeadDim>>{}, make_coord(part, 0, _));
+            };
+            Tensor mean = mma_qm.get_slice(warpgroup * kWarpgroup).partition_fragment_B(summaries(0));
+            Tensor variance = mma_sv.get_slice(warpgroup * kWarpgroup).partition_fragment_B(summaries(1));
+            Tensor estimates = partition_fragment_C(mma_qm, Shape<Int<Config::kRows>, Int<kSummaries>>{});
+            Tensor variances = partition_fragment_C(mma_qm, Shape<Int<Config::kRows>, Int<kSummaries>>{});
+            Tensor squares = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Products::kSquares / 16>>>{});
+            auto& square_words = *reinterpret_cast<uint32_t(*)[Products::kSquares / 4]>(raw_pointer_cast(squares.data()));
+
+            for (int tile = 0; tile < tiles; ++tile, ++n) {
+                CUTLASS_PRAGMA_UNROLL
+                for (int part = 0; part < Config::kHeadDim / Products::kSquares; ++part) {
+                    CUTLASS_PRAGMA_UNROLL
+                    for (int i = 0; i < Products::kSquares / 16; ++i) {
+                        int const channel = part * Products::kSquares + 16 * i + lane / 16 * 8;
+                        load_squares<Element>(
+                            query(warp * kWarpQ + lane % 16, channel, shared.queries.place(n_row)), params.query_scale,
+                            square_words + 4 * i);
+                    }
+                    if (part == 0) {
+                        shared.keys.wait_full(n);
+                        take_turn();
+                        warpgroup_fence_operand(estimates);
+                    }
+                    warpgroup_fence_operand(variances);
+                    warpgroup_fence_operand(squares);
+                    warpgroup_arrive();
+                    if (part == 0) {
+                        mma_qm.accumulate_ = mma_sv.accumulate_ = GMMA::ScaleOut::Zero;
+                        CUTLASS_PRAGMA_UNROLL
+                        for (int i = 0; i < size<2>(q); ++i) {
+                            cute::gemm(
+                                mma_qm, q(_, _, i, shared.queries.place(n_row)), mean(_, _, i, shared.keys.place(n)),
+                                estimates);
+                            mma_qm.accumulate_ = GMMA::ScaleOut::One;
+                        }
+                    }
+                    CUTLASS_PRAGMA_UNROLL
+                    for (int i = 0; i < size<2>(squares); ++i) {
+                        int const k = part * Products::kSquares / 16 + i;
+                        cute::gemm(mma_sv, squares(_, _, i), variance(_, _, k, shared.keys.place(n)), variances);
+                        mma_sv.accumulate_ = GMMA::ScaleOut::One;
+                    }
+                    warpgroup_commit_batch();
+                    if (part == 0) { pass_turn(); }
+                    warpgroup_wait<0>();
+                }
+                warpgroup_fence_operand(estimates);
+                warpgroup_fence_operand(variances);
+                warpgroup_fence_operand(out);
+                empty(shared.keys, n);
+                if (tile > 0) { empty(shared.values, n - 1); }
+                if (tile == tiles - 1) { empty_queries(); }
+
+                StepOf<Config>& step = shared.step[shared.steps.place(n)];
+                SummaryTile<kSummaries> const summaries = broadcast(step.summaries);
+                softmax.estimate(estimates, variances, params.variance_scale, rows.tokens_k - summaries.block * kBlockK);
+                BlockBits<kSummaries> const wanted = softmax.template wanted<kSummaries>(estimates);
+                CUTLASS_PRAGMA_UNROLL
+                for (int i = 0; i < wanted.kWords; ++i) {
+                    uint32_t const come_back = wanted.word[i] & summaries.stand_in.word[i];
+                    if (lane == 0 && come_back != 0) { atomicOr(&step.come_back.word[i], come_back); }
+                }
+                float rescale[2];
+                if (softmax.add_estimates(estimates, summaries.stand_in, words, rescale)) {
+                    CUTLASS_PRAGMA_UNROLL
+                    for (int i = 0; i < size(out); ++i) { out(i) *= rescale[i / 2 % 2]; }
+                }
+                shared.values.wait_full(n);
+                issue_pv(n, Int<kSummaries>{});
+   warpgroup_wait<0>(); warpgroup_fence_operand(out);
+            }
+            warpgroup_wait<0>();
+            warpgroup_fence_operand(out);
+            if (tiles > 0) { empty(shared.values, n - 1); }
+            forget(scores);
+        }
+    };
+
     if (warpgroup == Config::kConsumers - 1) { pass_turn(); }
 
     for (;; ++n_row) {
@@ -279,7 +437,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         bool const valid[2] = {row < rows.tokens_q, row + 8 < rows.tokens_q};
         float* lse_state = nullptr;
         float lse_before[2] = {INFINITY, INFINITY};
-        if constexpr (kTracking == Tracking::kMass) {
+        if constexpr (by_mass(kTracking)) {
             if (work.threshold > -INFINITY) {
                 lse_state = params.lse_state + work.batch * params.lse_state_batch_stride +
                             work.head * params.lse_state_head_stride + row;
@@ -292,13 +450,15 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
 
         shared.keys.wait_full(n);
         Visit<kBlocks> visit = broadcast(shared.step[shared.steps.place(n)].visit);
+        int summary_tiles = 0;
+        if constexpr (Config::kSummaries > 0) { summary_tiles = broadcast(shared.step[shared.steps.place(n)].summary_tiles); }
         issue_qk();
         softmax.begin(work.threshold, valid, lse_before);
         mma_pv.accumulate_ = GMMA::ScaleOut::Zero;
         warpgroup_wait<0>();
         warpgroup_fence_operand(scores);
         empty(shared.keys, n);
-        if (work.steps == 1) { empty_queries(); }
+        if (work.steps == 1 && summary_tiles == 0) { empty_queries(); }
         hide(rows, visit, first_row, row, scores);
         softmax.first(scores, words);
 
@@ -310,7 +470,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
             warpgroup_fence_operand(weights);
             issue_qk();
             shared.values.wait_full(n - 1);
-            issue_pv(n - 1);
+            issue_pv(n - 1, Int<Config::kTileK>{});
             pass_turn();
             // Judging the tile before takes no time of its own while the products are under way.
             answer(n - 1, softmax.judge(words, *static_cast<uint32_t const volatile*>(&shared.zero)));
@@ -319,7 +479,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
             warpgroup_fence_operand(out);
             empty(shared.keys, n);
             empty(shared.values, n - 1);
-            if (step == work.steps - 1) { empty_queries(); }
+            if (step == work.steps - 1 && summary_tiles == 0) { empty_queries(); }
             if (rows.causal && step <= kCausalSteps) { hide(rows, visit, first_row, row, scores); }
             float rescale[2];
             bool const raised = softmax.step(scores, words, rescale);
@@ -329,12 +489,13 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
             }
         }
         shared.values.wait_full(n);
-        issue_pv(n);
+        issue_pv(n, Int<Config::kTileK>{});
         answer(n, softmax.judge(words, 0));
         warpgroup_wait<0>();
         warpgroup_fence_operand(out);
         empty(shared.values, n);
         ++n;
+        attend_summaries(summary_tiles);
 
         float factor[2];
         float lse[2];
@@ -352,7 +513,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
 }
 
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(__grid_constant__ KernelParams const params) {
+__global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(__grid_constant__ ParamsOf<Config> const params) {
     // Swizzled tiles repeat every 1024 bytes; dynamic shared memory starts at such an address.
     extern __shared__ __align__(1024) char raw[];
     auto& shared = *reinterpret_cast<SharedStorage<Config>*>(raw);
@@ -364,7 +525,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(__grid_con
         shared.keys.init(1, Config::kConsumerWarps * Config::kCluster);
         shared.values.init(1, Config::kConsumerWarps * Config::kCluster);
         shared.steps.init(1, 1);
-        for (Step<Config::kBlocks>& step : shared.step) { step.words = nullptr; }
+        for (StepOf<Config>& step : shared.step) { step.words = nullptr; }
         shared.zero = 0;
         cutlass::arch::fence_barrier_init();
     }
@@ -380,12 +541,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(__grid_con
     if (cutlass::canonical_warp_group_idx() == 0) {
         cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
         int const warp = cutlass::canonical_warp_idx_sync();
-        if (warp == 0) { plan(params.rows, shared); }
-        if (warp == 1 && threadIdx.x % 32 == 0) { fetch(params, shared); }
+        if (warp == 0) {
+            int32_t* skipped = nullptr;
+            if constexpr (Config::kSummaries > 0) { skipped = params.skipped; }
+            plan(params.rows, skipped, shared);
+        }
+        if (warp == 1 && threadIdx.x % 32 == 0) { fetch<Config>(params, shared); }
         __syncwarp();
     } else {
         cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
-        consume(params, shared);
+        consume<Config>(params, shared);
     }
     if constexpr (Config::kPaired) { meet(); }
 }

@@ -19,7 +19,7 @@ struct TensorView {
     int64_t head_stride;
 };
 
-enum class Rule : int { kRunningMax = 0, kMass = 1 };
+enum class Rule : int { kRunningMax = 0, kMass = 1, kMassSummaries = 2 };
 
 struct ForwardParams {
     // 16-byte aligned, strides multiples of 8 elements (the copy engine's rule).
@@ -36,12 +36,17 @@ struct ForwardParams {
     int64_t mask_batch_stride;
     int64_t mask_head_stride;
     int64_t mask_tile_stride;
-    float* lse_state;  // (batch, heads, tokens_q), tokens contiguous; read by the rule `mass` only
+    float* lse_state;  // (batch, heads, tokens_q), tokens contiguous; not of the rule `running_max`
     int64_t lse_state_batch_stride;
     int64_t lse_state_head_stride;
     float const* thresholds;    // (batch,)
     int32_t const* must_visit;  // (words,) or null
     int32_t const* must_skip;   // (words,) or null
+
+    // Rule `mass_summaries`: means and variances of the keys of blocks and means of their values, (3, batch, blocks, kv_heads,
+    // head_dim) contiguous, and room for notes, as large as the mask and contiguous.
+    void* summaries;
+    int32_t* skipped;
 
     int batch;
     int tokens_q;
@@ -56,8 +61,21 @@ struct ForwardParams {
     DType dtype;
 };
 
-// Launches on `stream`, without allocation or synchronisation. Null on success, else what went wrong (static text).
+struct SummarizeBlocksParams {
+    TensorView key;  // as in ForwardParams
+    TensorView value;
+    int32_t const* must_skip;  // (words,) or null: blocks whose summaries are zeros, and that are not read
+    void* summaries;  // as in ForwardParams; written
+    int batch;
+    int tokens_k;
+    int kv_heads;
+    int head_dim;
+    DType dtype;
+};
+
+// Both launch on `stream`, without allocation or synchronisation. Null on success, else what went wrong (static text).
 // Expects checked arguments: shapes that fit, at least one batch row, query and head; tokens_k may be 0.
 char const* forward(ForwardParams const& params, cudaStream_t stream);
+char const* summarize_blocks(SummarizeBlocksParams const& params, cudaStream_t stream);
 
 }  // namespace lite_attention::sm90

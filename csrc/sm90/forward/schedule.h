@@ -57,7 +57,7 @@ CUTLASS_DEVICE int reach(RowParams const& params, int tile) {
 // Walks all blocks that the tile attends, from the last to the first.
 class DenseWalk {
   public:
-    CUTLASS_DEVICE DenseWalk(RowParams const& params, Work const& work) : next_(reach(params, work.tile)) {}
+    CUTLASS_DEVICE DenseWalk(RowParams const& params, Work const& work, int32_t*) : next_(reach(params, work.tile)) {}
     CUTLASS_DEVICE int visits() const { return next_; }
     CUTLASS_DEVICE float threshold() const { return -INFINITY; }
     CUTLASS_DEVICE int32_t* words() const { return nullptr; }
@@ -70,14 +70,19 @@ class DenseWalk {
 };
 
 // Walks the blocks that a row of the mask visits, from the last to the first. On the way it rewrites the mask: what
-// is visited becomes 0 until the Ledger says that it stays, but for what must be visited.
+// is visited becomes 0 until the Ledger says that it stays, but for what must be visited. `kSummaries`: in a tile, if those of
+// blocks that are not visited are walked after that.
+template <int kSummaries>
 class MaskWalk {
     // The mask is read in chunks of a word a lane.
     static constexpr int kChunkBlocks = 32 * 32;
+    static constexpr int kTileWords = kSummaries / 32;
 
   public:
-    CUTLASS_DEVICE MaskWalk(RowParams const& params, Work const& work)
-        : words_(
+    // `skipped`: words for notes of the row, which only this warp reads; null without summaries.
+    CUTLASS_DEVICE MaskWalk(RowParams const& params, Work const& work, int32_t* skipped)
+        : skipped_(skipped),
+          words_(
               params.mask + work.batch * params.mask_batch_stride + work.head * params.mask_head_stride +
               work.tile * params.mask_tile_stride),
           must_visit_(params.must_visit),
@@ -101,16 +106,21 @@ class MaskWalk {
             allowed += __popc(may);
             visits_ += __popc(visited);
             forced |= visited & must_visit_word(word);
+            if constexpr (kSummaries > 0) { summary_tiles_ += __popc(tiles_with(may & ~visited)); }
         }
         visits_ = __reduce_add_sync(~0u, visits_);
         if (visits_ == 0) {
             all_allowed_ = true;
             visits_ = __reduce_add_sync(~0u, allowed);
+            summary_tiles_ = 0;
         }
         forced_ = __any_sync(~0u, forced != 0);
     }
 
     CUTLASS_DEVICE int visits() const { return visits_; }
+
+    // Tiles in which a summary stands in for its block.
+    CUTLASS_DEVICE int summary_tiles() const { return summary_tiles_; }
 
     // -inf: ordinary attention, which leaves the state as it is.
     CUTLASS_DEVICE float threshold() const { return threshold_; }
@@ -141,7 +151,31 @@ class MaskWalk {
         while (chunk_ > 0) { load_chunk(); }
     }
 
+    // After `finish`: calls `visit(tile)` for each SummaryTile.
+    template <class Visit>
+    CUTLASS_DEVICE void summaries(Visit visit) {
+        for (int left = summary_tiles_; left > 0; ++chunk_) {
+            uint32_t const skipped = skipped_word(chunk_ * 32 + lane_);
+            for (uint32_t tiles = tiles_with(skipped); tiles != 0; tiles &= tiles - 1, --left) {
+                int const place = __ffs(tiles) - 1;
+                SummaryTile<kSummaries> tile;
+                tile.block = (chunk_ * 32 + place) * 32;
+                CUTLASS_PRAGMA_UNROLL
+                for (int i = 0; i < kTileWords; ++i) { tile.stand_in.word[i] = __shfl_sync(~0u, skipped, place + i); }
+                visit(tile);
+            }
+        }
+    }
+
   private:
+    // A bit for each tile of summaries in a chunk that has any of these blocks, at its first word's place.
+    CUTLASS_DEVICE static uint32_t tiles_with(uint32_t blocks) {
+        uint32_t const words = __ballot_sync(~0u, blocks != 0);
+        return kTileWords == 2 ? (words | words >> 1) & 0x55555555 : words;
+    }
+    CUTLASS_DEVICE uint32_t skipped_word(int word) const {
+        return word * 32 < all_blocks_ ? static_cast<uint32_t>(skipped_[word]) : 0u;
+    }
     // Bits of the blocks below `blocks` in a word.
     CUTLASS_DEVICE static uint32_t below(int blocks, int word) {
         int const bits = blocks - word * 32;
@@ -173,10 +207,12 @@ class MaskWalk {
             uint32_t const exist = below(all_blocks_, word);
             uint32_t const stays = (chunk_words_ & forced) | (before & exist & ~in_reach);
             if (exist != 0) { words_[word] = static_cast<int32_t>(stays); }
+            if (kSummaries > 0 && exist != 0) { skipped_[word] = static_cast<int32_t>(may & ~chunk_words_); }
         }
         pending_ = __ballot_sync(~0u, chunk_words_ != 0);
     }
 
+    int32_t* skipped_;  // blocks that are allowed and not visited
     int32_t* words_;
     int32_t const* must_visit_;
     int32_t const* must_skip_;
@@ -185,6 +221,7 @@ class MaskWalk {
     int lane_;
     float threshold_;
     int visits_ = 0;
+    int summary_tiles_ = 0;
     int chunk_;
     int place_ = 0;
     uint32_t chunk_words_ = 0;
@@ -195,11 +232,13 @@ class MaskWalk {
     bool all_allowed_ = false;
 };
 
-// Writes what becomes of the visited blocks, once the consumers have said which they want to keep. Runs in one lane.
-template <Tracking kTracking, int kBlocks>
+// Writes what becomes of the blocks, once the consumers have said which they want to keep. Runs in one lane.
+template <class Config>
 class Ledger {
+    static constexpr int kBlocks = Config::kBlocks;
+
   public:
-    CUTLASS_DEVICE void settle(Step<kBlocks> const& step) {
+    CUTLASS_DEVICE void settle(StepOf<Config> const& step) {
         if (step.words == nullptr) { return; }
         static_assert(sizeof(step.keep) == 2 * sizeof(uint32_t));
         uint2 const halves = reinterpret_cast<uint2 const&>(step.keep);
@@ -209,11 +248,20 @@ class Ledger {
         if (step.first) {
             first_block_ = step.visit.block[0];
             any_ = step.forced;
-            if (kTracking == Tracking::kRunningMax) { kept |= 1; }
+            if (Config::kTracking == Tracking::kRunningMax) { kept |= 1; }
         }
         CUTLASS_PRAGMA_UNROLL
         for (int b = 0; b < kBlocks; ++b) {
             if (step.visit.block[b] >= 0 && kept >> b & 1) { note(step.words, step.visit.block[b]); }
+        }
+        if constexpr (Config::kSummaries > 0) {
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < step.come_back.kWords; ++i) {
+                uint32_t const bits = step.come_back.word[i];
+                if (bits == 0) { continue; }
+                atomicOr(step.words + step.summaries.block / 32 + i, static_cast<int>(bits));
+                any_ = true;
+            }
         }
         if (step.last) {
             if (!any_ && first_block_ >= 0) { note(step.words, first_block_); }
@@ -242,25 +290,26 @@ class Ledger {
 };
 
 // Plans the thread block's rows, some steps ahead of those who fetch and compute them, and settles the steps of before.
+// `skipped`: words (batch, heads, tiles, words of a row) for notes; null without summaries.
 template <class Config>
-CUTLASS_DEVICE void plan(RowParams const& params, SharedStorage<Config>& shared) {
+CUTLASS_DEVICE void plan(RowParams const& params, int32_t* skipped, SharedStorage<Config>& shared) {
     constexpr bool kTracks = Config::kTracking != Tracking::kNone;
-    using Walk = cute::conditional_t<kTracks, MaskWalk, DenseWalk>;
+    using Walk = cute::conditional_t<kTracks, MaskWalk<Config::kSummaries>, DenseWalk>;
     constexpr int kBlocks = Config::kBlocks;
     constexpr int kCluster = Config::kCluster;
     bool const leader = threadIdx.x % 32 == 0;
     int const rows = params.tiles * params.heads * params.batch;
 
     uint32_t n = 0;  // of the step
-    Ledger<Config::kTracking, kBlocks> ledger;
-    auto next_place = [&]() -> Step<kBlocks>& {
+    Ledger<Config> ledger;
+    auto next_place = [&]() -> StepOf<Config>& {
         shared.steps.wait_empty(n);
-        Step<kBlocks>& place = shared.step[shared.steps.place(n)];
+        StepOf<Config>& place = shared.step[shared.steps.place(n)];
         if (kTracks && leader) { ledger.settle(place); }
         return place;
     };
-    auto publish = [&](Step<kBlocks> const& step) {
-        Step<kBlocks>& place = next_place();
+    auto publish = [&](StepOf<Config> const& step) {
+        StepOf<Config>& place = next_place();
         if (leader) {
             place = step;
             cutlass::arch::ClusterBarrier::arrive(&shared.steps.full[shared.steps.place(n)]);
@@ -272,10 +321,15 @@ CUTLASS_DEVICE void plan(RowParams const& params, SharedStorage<Config>& shared)
     auto take = [&] { return !Config::kPaired && leader ? atomicAdd(params.counter, 1) : 0; };
     int taken = take();
     for (int row = blockIdx.x / kCluster; row < rows;) {
-        Step<kBlocks> step{};
+        StepOf<Config> step{};
         locate(params, row, step.work);
         step.work.tile = step.work.tile * kCluster + blockIdx.x % kCluster;
-        Walk walk(params, step.work);
+        int32_t* notes = nullptr;
+        if constexpr (Config::kSummaries > 0) {
+            int64_t const head = static_cast<int64_t>(step.work.batch) * params.heads + step.work.head;
+            notes = skipped + (head * params.tiles + step.work.tile) * ceil_div(ceil_div(params.tokens_k, kBlockK), 32);
+        }
+        Walk walk(params, step.work, notes);
         step.work.steps = max(1, ceil_div(walk.visits(), kBlocks));
         step.work.threshold = walk.threshold();
         step.words = walk.words();
@@ -287,10 +341,24 @@ CUTLASS_DEVICE void plan(RowParams const& params, SharedStorage<Config>& shared)
             for (int b = 0; b < kBlocks; ++b) { step.visit.block[b] = b < blocks ? walk.next() : -1; }
             step.first = i == 0;
             step.last = i == step.work.steps - 1;
+            if constexpr (Config::kSummaries > 0) {
+                step.last = step.last && walk.summary_tiles() == 0;
+                step.summary_tiles = walk.summary_tiles();
+                step.summaries.block = -1;
+            }
             publish(step);
             blocks = kBlocks;
         }
         walk.finish();
+        if constexpr (Config::kSummaries > 0) {
+            step.first = false;
+            for (int& block : step.visit.block) { block = -1; }
+            walk.summaries([&](SummaryTile<Config::kSummaries> const& summaries) {
+                step.summaries = summaries;
+                step.last = --step.summary_tiles == 0;
+                publish(step);
+            });
+        }
         if constexpr (!Config::kPaired) {
             row = __shfl_sync(~0u, taken, 0) + gridDim.x;
             taken = take();
@@ -298,7 +366,7 @@ CUTLASS_DEVICE void plan(RowParams const& params, SharedStorage<Config>& shared)
             row += gridDim.x / kCluster;
         }
     }
-    Step<kBlocks> end{};
+    StepOf<Config> end{};
     end.first = true;
     end.work.tile = -1;
     publish(end);

@@ -101,7 +101,7 @@ class Softmax {
             offset_[r] = NAN;
             sum_[r] = lost_[r] = 0.0f;
             if constexpr (kTracking == Tracking::kRunningMax) { limit_[r] = exp2f(threshold); }
-            if constexpr (kTracking == Tracking::kMass) {
+            if constexpr (by_mass(kTracking)) {
                 limit_[r] = lse_before[r] == INFINITY ? NAN : threshold + lse_before[r] * kLog2E;
             }
             if (!valid[r]) { limit_[r] = INFINITY; }
@@ -163,7 +163,7 @@ class Softmax {
             });
         }
         auto after_stamp = [&](float& part) { part = __uint_as_float(__float_as_uint(part) | stamp); };
-        for_all([&](int b, int r) { after_stamp(kTracking == Tracking::kMass ? mass_[b][r] : most_[b][r]); });
+        for_all([&](int b, int r) { after_stamp(by_mass(kTracking) ? mass_[b][r] : most_[b][r]); });
         bool const odd = threadIdx.x & 1;
         float const limit = odd ? limit_[1] : limit_[0];
         if constexpr (kTracking == Tracking::kRunningMax) {
@@ -172,13 +172,85 @@ class Softmax {
                 return (most <= bound && (bound >= kTiny || before == 0.0f)) || limit == INFINITY;
             });
         }
-        if constexpr (kTracking == Tracking::kMass) {
+        if constexpr (by_mass(kTracking)) {
             float const bound = exp2f(limit - (odd ? offset_[1] : offset_[0]));
             return judge(mass_, Sum{}, [&](float mass, float) {
                 return mass <= (bound >= kTiny ? bound : kTiny) || limit == INFINITY;
             });
         }
         return 0;
+    }
+
+    // A tile of summaries: makes estimates of their blocks' masses, log2 units above kLevel, of the queries' products with the means,
+    // which come in `estimates`, and those of their squares with the variances. `left`: keys from the first of the blocks on.
+    template <class Estimates>
+    CUTLASS_DEVICE void estimate(Estimates& estimates, Estimates const& variances, float variance_scale, int left) const {
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < size(estimates); ++i) {
+            estimates(i) = estimates(i) * scale_log2_ + sqrtf(variances(i) * variance_scale + kSpread * kSpread);
+        }
+        int const last = (left - 1) / kBlockK;
+        int const last_keys = left - last * kBlockK;
+        if (last < size(estimates) * 2 && last_keys < kBlockK) {
+            float const fewer = log2f(last_keys) - log2f(kBlockK);
+            for_columns(estimates, [&](int column, float& first, float& second) {
+                if (column != last - first_column()) { return; }
+                first += fewer;
+                second += fewer;
+            });
+        }
+    }
+
+    // Bits of the blocks that a row of this warp wants to visit in the next step, by their estimates.
+    template <int kSummaries, class Estimates>
+    CUTLASS_DEVICE BlockBits<kSummaries> wanted(Estimates& estimates) const {
+        BlockBits<kSummaries> bits{};
+        for_columns(estimates, [&](int column, float first, float second) {
+            bool const agrees = first <= limit_[0] - kLevel && second <= limit_[1] - kLevel;
+            if (!agrees) { bits.word[column / 32] |= 1u << column % 32; }
+        });
+        CUTLASS_PRAGMA_UNROLL
+        for (uint32_t& word : bits.word) { word = __reduce_or_sync(~0u, word << first_column()); }
+        return bits;
+    }
+
+    // Weights of the blocks that summaries stand in for. True where earlier weights are to be multiplied by `rescale`.
+    template <int kSummaries, class Estimates, int kWords>
+    CUTLASS_DEVICE bool add_estimates(
+        Estimates& estimates, BlockBits<kSummaries> const& stand_in, uint32_t (&weights)[kWords], float (&rescale)[2]) {
+        for_columns(estimates, [&](int column, float& first, float& second) {
+            if (stand_in.word[column / 32] >> first_column() >> column % 32 & 1) { return; }
+            first = second = -INFINITY;
+        });
+        Offsets offsets = {offset_[0], offset_[1]};
+        bool raised = false;
+        float mass[2];
+        CUTLASS_PRAGMA_NO_UNROLL
+        while (true) {
+            mass[0] = mass[1] = 0.0f;
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < size(estimates); i += 2) {
+                int const r = i / 2 % 2;
+                float const low = exp2f(estimates(i) - (offsets.row[r] - kLevel));
+                float const high = exp2f(estimates(i + 1) - (offsets.row[r] - kLevel));
+                mass[r] += low;
+                mass[r] += high;
+                weights[i / 2] = pack(low, high, Element{});
+            }
+            // NaN does not fit.
+            bool const fits = mass[0] <= kLargest<Element> && mass[1] <= kLargest<Element>;
+            if (raised || __all_sync(~0u, fits)) { break; }
+            float most[2] = {-INFINITY, -INFINITY};
+            for_columns(estimates, [&](int, float first, float second) {
+                most[0] = Max{}(most[0], first + kLevel);
+                most[1] = Max{}(most[1], second + kLevel);
+            });
+            offsets = raise_to(most, 1.0f, rescale);
+            raised = true;
+        }
+        sum_[0] += mass[0];
+        sum_[1] += mass[1];
+        return raised;
     }
 
     // After a row of the mask: the factor of the output rows and their natural LSE.
@@ -196,9 +268,24 @@ class Softmax {
     // The rule `running_max` compares weights as they are packed, two at a time, if those have the range of float.
     static constexpr bool kPackedMax = cute::is_same_v<Element, cutlass::bfloat16_t>;
 
+    // Estimates: a block's spread is kSpread (sqrt(1 + variance / bend) - 1), and besides the root they have this.
+    static constexpr float kSpread = kSummaryBend * kLog2E;
+    static constexpr float kLevel = 6.0f - kSpread;
+    static_assert(kBlockK == 1 << 6);
+
     struct Offsets {
         float row[2];
     };
+
+    // The first column that a thread holds of a tile; `for_columns` counts from there.
+    CUTLASS_DEVICE static int first_column() { return threadIdx.x % 4 * 2; }
+    template <class Estimates, class Body>
+    CUTLASS_DEVICE static void for_columns(Estimates& estimates, Body body) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < size(estimates) / 2; ++i) {
+            body(i / 2 * 8 + i % 2, estimates(score_place(0, i, 0)), estimates(score_place(0, i, 1)));
+        }
+    }
 
     // Independent chains of work: two warps a scheduler hide no latency.
     template <class Body>
@@ -219,13 +306,22 @@ class Softmax {
         for (int i = 1; i < 16; ++i) {
             for_all([&](int b, int r) { most[b][r] = Max{}(most[b][r], scores(score_place(b, i, r))); });
         }
+        float largest[2];
+        CUTLASS_PRAGMA_UNROLL
+        for (int r = 0; r < 2; ++r) {
+            largest[r] = most[0][r];
+            CUTLASS_PRAGMA_UNROLL
+            for (int b = 1; b < kBlocks; ++b) { largest[r] = Max{}(largest[r], most[b][r]); }
+        }
+        return raise_to(largest, scale_log2_, rescale);
+    }
+
+    // The same with the largest of each lane, in units of which `unit` is log2's.
+    CUTLASS_DEVICE Offsets raise_to(float const (&of_lane)[2], float unit, float (&rescale)[2]) {
         Offsets offsets;
         CUTLASS_PRAGMA_UNROLL
         for (int r = 0; r < 2; ++r) {
-            float largest = most[0][r];
-            CUTLASS_PRAGMA_UNROLL
-            for (int b = 1; b < kBlocks; ++b) { largest = Max{}(largest, most[b][r]); }
-            largest = join_quad(largest, Max{}) * scale_log2_;
+            float largest = join_quad(of_lane[r], Max{}) * unit;
             bool const before = offset_[r] == offset_[r];
             if (before) { largest = Max{}(largest, offset_[r]); }
             rescale[r] = before ? exp2f(offset_[r] - largest) : 1.0f;
@@ -235,7 +331,7 @@ class Softmax {
             offsets.row[r] = largest == -INFINITY ? 0.0f : largest;
         }
         if constexpr (kTracking == Tracking::kRunningMax) { largest_ *= threadIdx.x & 1 ? rescale[1] : rescale[0]; }
-        if constexpr (kTracking == Tracking::kMass) { unsure_ = __any_sync(~0u, cannot_tell(0) || cannot_tell(1)); }
+        if constexpr (by_mass(kTracking)) { unsure_ = __any_sync(~0u, cannot_tell(0) || cannot_tell(1)); }
         return offsets;
     }
 
@@ -279,7 +375,7 @@ class Softmax {
     // scores are -inf.
     template <class Scores>
     CUTLASS_DEVICE void look(Scores const& scores) {
-        if constexpr (kTracking == Tracking::kMass) {
+        if constexpr (by_mass(kTracking)) {
             counts_ = ignored_ = 0;
             if (!unsure_) { return; }
             // Not a constant to the compiler, which would compare every score before it knows whether that is asked for.
@@ -300,7 +396,7 @@ class Softmax {
     // Adds the tile to the rows' sums.
     CUTLASS_DEVICE void add() {
         for_all([&](int b, int r) { sum_[r] += mass_[b][r]; });
-        if constexpr (kTracking == Tracking::kMass) {
+        if constexpr (by_mass(kTracking)) {
             if (unsure_) {
                 for_all([&](int b, int r) {
                     if (counts_ >> (2 * b + r) & 1) { mass_[b][r] = INFINITY; }
