@@ -1,7 +1,7 @@
 """The video model from scenes to pictures, as small as can be."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -295,10 +295,24 @@ def test_a_trace_of_a_video(
     assert "--checkpoint: expected a file, got" in capsys.readouterr().err
 
 
-def test_no_video_is_begun_without_time(model: VideoTransformer) -> None:
-    from benchmarks.quality.video.evaluate import choose_videos, evaluate
+def test_no_method_is_begun_without_time(model: VideoTransformer) -> None:
+    from benchmarks.quality.methods import choose_methods
+    from benchmarks.quality.video.evaluate import Comparison, choose_videos, evaluate
 
-    assert len(evaluate(model, choose_videos("judge", 3, 4, 16), [], 1, 1.0, minutes=1e-9)[0].runs) == 1
+    methods, videos = choose_methods(["product-dense", "product-mass:0"]), choose_videos("judge", 3, 4, 16)
+    for minutes, known in ((1e-9, 1), (60, 3)):
+        kept: list[list[int]] = []
+
+        def keep(so_far: Sequence[Comparison], kept: list[list[int]] = kept) -> None:
+            kept.append([len(comparison.runs) for comparison in so_far])
+
+        evaluate(model, videos, methods, 1, 1.0, minutes, keep)
+        assert kept == [[3] * number for number in range(1, known + 1)]
+
+
+def test_videos_for_judging_are_others() -> None:
+    from benchmarks.quality.video.evaluate import choose_videos
+
     judged, calibrated = (choose_videos(split, 3, 2, 8) for split in ("judge", "calibrate"))
     assert not any(torch.equal(left.noise, right.noise) for left in judged for right in calibrated)
 
