@@ -51,8 +51,16 @@ class Attention(Protocol):
         ...
 
 
+HELD_CYCLES = 2_000_000
+"""Of a GPU's clock, about 1 ms: longer than it takes to launch an attention."""
+
+
 class Stopwatch:
-    """Time between CUDA events around calls; None on devices without them."""
+    """Time between CUDA events around calls; None on devices without them.
+
+    The device is held up before each call, so that it never waits for launches within: this model's attention takes
+    about as long as launching it, that of larger ones much longer.
+    """
 
     def __init__(self) -> None:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -62,6 +70,7 @@ class Stopwatch:
         if device.type != "cuda":
             return function()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(HELD_CYCLES)
         start.record()
         result = function()
         end.record()

@@ -1,7 +1,8 @@
 """The video model from scenes to pictures, as small as can be."""
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -295,10 +296,67 @@ def test_a_trace_of_a_video(
     assert "--checkpoint: expected a file, got" in capsys.readouterr().err
 
 
-def test_no_video_is_begun_without_time(model: VideoTransformer) -> None:
-    from benchmarks.quality.video.evaluate import choose_videos, evaluate
+def test_errors_of_bends_are_those_of_the_rule() -> None:
+    from benchmarks.quality.video.bend import squared_errors
+    from lite_attention import reference
 
-    assert len(evaluate(model, choose_videos("judge", 3, 4, 16), [], 1, 1.0, minutes=1e-9)[0].runs) == 1
+    query, key, value = (torch.randn(1, tokens, 1, 32, generator=random(tokens)) for tokens in (20, 300, 301))
+    value, scale, threshold = value[:, :300], 0.3, -2.4  # below 1 / 5: each row keeps a block
+    rows = query[0, :, 0] * (scale * reference.LOG2_E)
+    bends = (0.0, reference.SUMMARY_BEND, math.inf)
+    found, square = squared_errors(rows, key[0, :, 0], value[0, :, 0], threshold, bends)
+    expected = torch.zeros(2)
+    weights = torch.softmax(scale * query[0, :, 0] @ key[0, :, 0].T, 1)
+    dense = weights @ value[0, :, 0]
+    kept = torch.stack([part.sum(1).log2() > threshold for part in weights.split(64, 1)], 1)
+    for row, of_row in enumerate(kept):
+        for number, rule in enumerate(("mass", "mass_summaries")):
+            mask = (of_row.int() << torch.arange(5)).sum().to(torch.int32).view(1, 1, 1, 1)
+            state = (mask, torch.zeros(1, 1, 1), torch.zeros(1), None, None)
+            out, _ = reference.forward(query[:, [row]], key, value, *state, scale, False, rule)
+            expected[number] += (out[0, 0, 0] - dense[row]).square().sum()
+    assert 0.2 < kept.float().mean() < 0.8
+    torch.testing.assert_close(found[[0, 2]], expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(square, dense.square().sum())
+
+    # Blocks of keys that are all the same have no spread: any bend is exact where their values are the same as well.
+    key, value = (tensor[:, :5].repeat_interleave(64, 1)[:, :300] for tensor in (key, value))
+    exact, square = squared_errors(rows, key[0, :, 0], value[0, :, 0], threshold, bends)
+    assert exact[0] > 1e-3 * square and exact[1:].max() < 1e-6 * square
+
+
+def test_the_command_that_compares_bends(
+    tmp_path: Path, model: VideoTransformer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.quality.video import bend
+
+    save(model, tmp_path / "model.safetensors")
+    common = ("--checkpoint", tmp_path / "model.safetensors", "--out", tmp_path)
+    run(bend.main, monkeypatch, *common, "--thresholds", -1, 0, "--frames", 4, "--size", 32)
+    rows = json.loads((tmp_path / "video_bend.json").read_text())["rows"]
+    assert [row["threshold"] for row in rows] == [-1, 0]
+    assert all(0 < row["bends"]["8"] < row["dropped"] for row in rows)
+    assert "| -1 | " in capsys.readouterr().out
+
+
+def test_no_method_is_begun_without_time(model: VideoTransformer) -> None:
+    from benchmarks.quality.methods import choose_methods
+    from benchmarks.quality.video.evaluate import Comparison, choose_videos, evaluate
+
+    methods, videos = choose_methods(["product-dense", "product-mass:0"]), choose_videos("judge", 3, 4, 16)
+    for minutes, known in ((1e-9, 1), (60, 3)):
+        kept: list[list[int]] = []
+
+        def keep(so_far: Sequence[Comparison], kept: list[list[int]] = kept) -> None:
+            kept.append([len(comparison.runs) for comparison in so_far])
+
+        evaluate(model, videos, methods, 1, 1.0, minutes, keep)
+        assert kept == [[3] * number for number in range(1, known + 1)]
+
+
+def test_videos_for_judging_are_others() -> None:
+    from benchmarks.quality.video.evaluate import choose_videos
+
     judged, calibrated = (choose_videos(split, 3, 2, 8) for split in ("judge", "calibrate"))
     assert not any(torch.equal(left.noise, right.noise) for left in judged for right in calibrated)
 

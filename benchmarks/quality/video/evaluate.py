@@ -8,8 +8,8 @@ are emulated (`benchmarks.quality.methods`) and have no time. A method that skip
 moves a clip.
 
 Videos for judging have labels that training never saw together; for choosing thresholds there are others
-(`--split calibrate`). Only whole rounds over all methods count; no round is begun that would overrun `--minutes`.
-Results are written after each clip of the first video, and after each other video.
+(`--split calibrate`). Methods are measured one after the other, each on all videos, and results are written after
+each: what is broken off, or has no time left (`--minutes`), lacks the last methods.
 
     python -m benchmarks.quality.video.evaluate
     python -m benchmarks.quality.video.evaluate --methods 'product-*' budget:-5,-4,-3 --videos 8
@@ -153,33 +153,31 @@ def evaluate(
     minutes: float = math.inf,
     keep: Callable[[Sequence[Comparison]], object] = lambda comparisons: None,
 ) -> list[Comparison]:
-    """Each method over as many of the videos as there is time for, at least one; dense comes first.
+    """Dense attention and then each method over all videos; no method is begun after so many minutes.
 
-    `keep` is called with what is known so far, whenever that is of the same videos for all methods in it.
+    `keep` is called after each of them with what is known so far.
     """
-    comparisons = [Comparison(method) for method in (DENSE, *methods)]
     if model.patch_in.weight.is_cuda:
-        # Kernels are loaded, and chosen, before anything is timed.
-        for comparison in tqdm(comparisons, desc="warm-up", unit="step"):
-            generate(model, videos[0], comparison.method, 1, guidance)
+        # Kernels are loaded, and chosen, before anything is timed; those of skipping by the second step.
+        for method in tqdm({method.name: method for method in (DENSE, *methods)}.values(), desc="warm-up"):
+            generate(model, videos[0], method, 2, guidance)
     start = time.monotonic()
-    longest = 0.0
-    with tqdm(total=len(videos) * len(comparisons), unit="clip") as progress:
-        for number, video in enumerate(videos):
-            begun = time.monotonic()
-            if number and begun + longest - start > 60 * minutes:
+    comparisons: list[Comparison] = []
+    dense: list[Run] = []
+    with tqdm(total=len(videos) * (1 + len(methods)), unit="clip") as progress:
+        for method in (DENSE, *methods):
+            if comparisons and time.monotonic() - start > 60 * minutes:
                 break
-            dense: Run | None = None
-            for comparison in comparisons:
-                progress.set_postfix_str(str(comparison.method))
-                run = generate(model, video, comparison.method, steps, guidance)
-                dense = dense or run
-                comparison.add(run, dense)
+            comparison = Comparison(method)
+            for number, video in enumerate(videos):
+                progress.set_postfix_str(str(method))
+                run = generate(model, video, method, steps, guidance)
+                if len(dense) == number:
+                    dense.append(run)
+                comparison.add(run, dense[number])
                 progress.update()
-                if not number:
-                    keep([comparison for comparison in comparisons if comparison.runs])
+            comparisons.append(comparison)
             keep(comparisons)
-            longest = max(longest, time.monotonic() - begun)
     return comparisons
 
 
@@ -236,8 +234,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="of the command train")
     parser.add_argument("--methods", nargs="+", default=["*"], metavar="NAME[:THRESHOLDS]",
                         help=f"names or patterns, thresholds with commas; names are {', '.join(METHODS)}")  # fmt: skip
-    parser.add_argument("--videos", type=int, default=3, help="at most so many")
-    parser.add_argument("--minutes", type=float, default=8.0, help="begin no video that would take longer")
+    parser.add_argument("--videos", type=int, default=3, help="number of them")
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin no method after so many")
     parser.add_argument("--split", choices=SPLITS, default="judge")
     parser.add_argument("--steps", type=int, default=30, help="Euler steps of a video")
     parser.add_argument("--guidance", type=float, default=2.5)
