@@ -42,7 +42,8 @@ run video_quality_tries_8 "${evaluate[@]}" --name video_quality_tries_8 --frames
     in-pass:-7,-5,-3,-2 in-pass-heaviest:-9,-7,-6,-5 mass-in-pass-3:-8,-7,-6 mass-rotating-8:-7,-6,-5 \
     product-mass-refresh-8:-7,-6,-5 budget-worst-row:-4,-3,-2,-1
 run video_quality_tries "${evaluate[@]}" --name video_quality_tries --methods \
-    product-mass:-9,-8,-7.6,-7,-6.6,-6 budget:-5,-4,-3 budget-binned:-4 running-max-heaviest:-6,-5 \
+    product-mass:-10,-9,-8.6,-8,-7.6,-7,-6.6,-6,-5 product-running-max:-8,-6,-4,-3,-2,-1 running-max-176:-5,-3,-1 \
+    product-mass-warmup:-8,-7 budget:-5,-4,-3 budget-binned:-4 running-max-heaviest:-6,-5 \
     in-pass-heaviest:-8,-6 mass-in-pass-3:-8,-7 mass-rotating-8:-7,-6 budget-worst-row:-3,-2 \
     product-mass-refresh-8:-8,-7,-6 mass-variance:-8.5,-8,-7 mass-variance-32:-9,-8,-7 mass-mean:-8.5,-7.5
 
