@@ -29,10 +29,10 @@ run() {
 evaluate=(evaluate --out "$out" --pictures "$details" --videos 2 --steps 25 --minutes 1000)
 run video_quality "${evaluate[@]}" --methods product-dense \
     product-mass-summaries:-10,-9,-8.5,-8,-7.5,-7,-6.5,-6,-4,-2 product-mass:-10,-9,-8.5,-8,-7.5,-7,-6,-4,-2 \
-    product-running-max:-7,-6,-5,-4,-2 running-max-176:-6,-5,-7,-4 \
-    product-mass-summaries-warmup:-7.5,-7,-6.5,-6,-5 product-mass-summaries-warmup-3:-8,-7.5,-7,-6.5 \
+    product-running-max:-10,-8,-7,-6,-5,-4,-3,-2 running-max-176:-6,-5,-7,-4 \
+    product-mass-summaries-warmup:-7.5,-7,-6.5,-6,-5 product-mass-summaries-warmup-3:-7.5,-7,-6.5 \
     product-mass-summaries-rising-2:-9,-8.5,-8,-7 product-mass-summaries-rising-4:-10,-9,-8 \
-    product-mass-warmup:-8,-7,-6.5,-6 product-running-max-warmup:-4,-3,-2,-1 \
+    product-mass-warmup:-7,-6.5,-6 product-running-max-warmup:-4,-3,-2,-1 \
     mass-bend:-8 running-max-176:-8 mass-bend:-7
 run trace trace --threshold -8 --rule mass --steps 24 --out "$out/video.trace"
 run video_calibration calibrate --videos 2 --steps 20 --out "$out"
