@@ -1,4 +1,4 @@
-"""Writes the README's tables from the kept results, between their markers.
+"""Writes the tables of README and docs from the kept results, between their markers.
 
 python -m benchmarks.tables
 """
@@ -7,12 +7,22 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.video.tables import (
+    video_bend,
+    video_calibration,
+    video_lengths,
+    video_quality,
+    video_rules,
+    video_tries,
+)
 from benchmarks.results import DIRECTORY
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "method.md")
 
 
 def text_quality(result: dict[str, Any]) -> str:
@@ -213,32 +223,44 @@ def _times(speed: float | None) -> str:
     return "" if speed is None else f"{speed:.2f} x"
 
 
-RESULTS = {
-    text_quality: "text_quality",
-    text_needle: "text_needle",
-    text_calibration: "text_calibration",
-    decode_time: "decode_time",
-    decode_time_cuda: "decode_time_cuda",
-    engine_time: "engine_time",
-    forward_dense: "forward_time",
-    forward_sparse: "forward_time",
-    wan_step_time: "wan_step_time",
+RESULTS: dict[Callable[..., str], tuple[str, ...]] = {
+    text_quality: ("text_quality",),
+    text_needle: ("text_needle",),
+    text_calibration: ("text_calibration",),
+    video_rules: ("video_quality",),
+    video_quality: ("video_quality",),
+    video_tries: ("video_quality_tries", "video_quality_tries_8"),
+    video_lengths: ("video_quality_tries", "video_quality_tries_8"),
+    video_calibration: ("video_calibration",),
+    video_bend: ("video_bend",),
+    decode_time: ("decode_time",),
+    decode_time_cuda: ("decode_time_cuda",),
+    engine_time: ("engine_time",),
+    forward_dense: ("forward_time",),
+    forward_sparse: ("forward_time",),
+    wan_step_time: ("wan_step_time",),
 }
 
 
 def main() -> None:
-    text = README.read_text()
-    for make, result in RESULTS.items():
-        name, kept = make.__name__, DIRECTORY / f"{result}.json"
-        if not kept.exists():
-            print(f"{kept}: not there, table {name} stays as it is")
+    pages = {page: page.read_text() for page in PAGES}
+    for make, results in RESULTS.items():
+        name, kept = make.__name__, [DIRECTORY / f"{result}.json" for result in results]
+        if missing := [path for path in kept if not path.exists()]:
+            print(f"{missing[0]}: not there, table {name} stays as it is")
             continue
-        table = make(json.loads(kept.read_text()))
+        table = make(*(json.loads(path.read_text()) for path in kept))
         pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
-        text, found = re.subn(pattern, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text, flags=re.DOTALL)
-        if not found:
-            raise SystemExit(f"{README}: expected a marker <!-- table {name} -->")
-    README.write_text(text)
+        times = 0
+        for page, text in pages.items():
+            pages[page], found = re.subn(
+                pattern, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text, flags=re.DOTALL
+            )
+            times += found
+        if not times:
+            raise SystemExit(f"{', '.join(map(str, PAGES))}: expected a marker <!-- table {name} -->")
+    for page, text in pages.items():
+        page.write_text(text)
 
 
 if __name__ == "__main__":

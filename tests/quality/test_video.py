@@ -339,6 +339,48 @@ def test_the_command_that_compares_bends(
     assert "| -1 | " in capsys.readouterr().out
 
 
+def test_tables_say_what_the_rows_do() -> None:
+    from benchmarks.quality.video import tables
+
+    def row(
+        method: str, threshold: float | None, psnr: float | None, sparsity: float, milliseconds: float | None
+    ) -> dict[str, Any]:
+        return {
+            "method": method,
+            "threshold": threshold,
+            "psnr": psnr,
+            "sparsity": sparsity,
+            "dropped": sparsity / 10,
+            "attention_milliseconds": milliseconds,
+        }
+
+    def result(tokens: int, *rows: dict[str, Any]) -> dict[str, Any]:
+        setup = {"tokens": tokens, "steps": 25, "videos": 2}
+        return {"setup": setup, "machine": {"processor": "a machine"}, "rows": list(rows)}
+
+    long = result(
+        200,
+        row("dense", None, None, 0.0, 100),
+        row("product-dense", None, 60, 0.0, 80),
+        row("product-mass", -8, 45, 0.2, 60),
+        row("product-mass", -7, 35, 0.4, 50),
+        row("product-mass", -6, 25, 0.6, 40),
+        row("running-max-176", -4, 50, 0.1, None),
+        row("running-max-176", -2, 30, 0.3, None),
+    )
+    short = result(100, row("product-mass", -7, 47, 0.2, 60), row("product-mass", -6, 37, 0.5, 50))
+    lines = tables.video_quality(long).splitlines()
+    assert "| `mass` | 30.0% | 1.50 x | 1.82 x, 1.45 x | 44.0% | 1.63 x | 2.08 x, 1.67 x |" in lines
+    assert "| -7 | 35.0 dB, 40%, 2.00 x |" in tables.video_rules(long).splitlines()
+    untimed = result(200, *(line | {"attention_milliseconds": None} for line in long["rows"]))
+    assert "| `mass` | 30.0% | 1.50 x | 44.0% | 1.63 x |" in tables.video_quality(untimed).splitlines()
+    published = "| `running_max`, blocks of 176 keys as published | 0.60 (30 dB) |  |"
+    assert published in tables.video_tries(long, short).splitlines()
+    same, relative, _ = tables.video_lengths(long, short).splitlines()[2:]
+    assert same == "| `mass`, a share | -7, -6 | 2.00%, 5.00% | 4.00%, 6.00% | 2.00, 1.20 |"
+    assert relative.endswith("| -7, -6 | 2.00%, 5.00% | 2.00%, 4.00% | 1.00, 0.80 |")
+
+
 def test_no_method_is_begun_without_time(model: VideoTransformer) -> None:
     from benchmarks.quality.methods import choose_methods
     from benchmarks.quality.video.evaluate import Comparison, choose_videos, evaluate

@@ -5,7 +5,7 @@ exact share is at most ``2**threshold``, but the largest, is then replaced by it
 the output says how well it stands in: without anything in its place (``dropped``), as keys at their mean (bend 0), with
 several bends, and with the spread of infinitely many Gaussian keys (bend infinite, v / 2).
 
-    python -m benchmarks.quality.video.bend    # 4 minutes on two cores
+    python -m benchmarks.quality.video.bend    # 5 minutes on two cores
 """
 
 from __future__ import annotations

@@ -29,10 +29,10 @@ run() {
 evaluate=(evaluate --out "$out" --pictures "$details" --videos 2 --steps 25 --minutes 1000)
 run video_quality "${evaluate[@]}" --methods product-dense \
     product-mass-summaries:-10,-9,-8.5,-8,-7.5,-7,-6.5,-6,-4,-2 product-mass:-10,-9,-8.5,-8,-7.5,-7,-6,-4,-2 \
-    product-running-max:-7,-6,-5,-4,-2 running-max-176:-6,-5,-7,-4 \
-    product-mass-summaries-warmup:-7.5,-7,-6.5,-6,-5 product-mass-summaries-warmup-3:-8,-7.5,-7,-6.5 \
+    product-running-max:-10,-8,-7,-6,-5,-4,-3,-2 running-max-176:-6,-5,-7,-4 \
+    product-mass-summaries-warmup:-7.5,-7,-6.5,-6,-5 product-mass-summaries-warmup-3:-7.5,-7,-6.5 \
     product-mass-summaries-rising-2:-9,-8.5,-8,-7 product-mass-summaries-rising-4:-10,-9,-8 \
-    product-mass-warmup:-8,-7,-6.5,-6 product-running-max-warmup:-4,-3,-2,-1 \
+    product-mass-warmup:-7,-6.5,-6 product-running-max-warmup:-4,-3,-2,-1 \
     mass-bend:-8 running-max-176:-8 mass-bend:-7
 run trace trace --threshold -8 --rule mass --steps 24 --out "$out/video.trace"
 run video_calibration calibrate --videos 2 --steps 20 --out "$out"
@@ -42,7 +42,8 @@ run video_quality_tries_8 "${evaluate[@]}" --name video_quality_tries_8 --frames
     in-pass:-7,-5,-3,-2 in-pass-heaviest:-9,-7,-6,-5 mass-in-pass-3:-8,-7,-6 mass-rotating-8:-7,-6,-5 \
     product-mass-refresh-8:-7,-6,-5 budget-worst-row:-4,-3,-2,-1
 run video_quality_tries "${evaluate[@]}" --name video_quality_tries --methods \
-    product-mass:-9,-8,-7.6,-7,-6.6,-6 budget:-5,-4,-3 budget-binned:-4 running-max-heaviest:-6,-5 \
+    product-mass:-10,-9,-8.6,-8,-7.6,-7,-6.6,-6,-5 product-running-max:-8,-6,-4,-3,-2,-1 running-max-176:-5,-3,-1 \
+    product-mass-warmup:-8,-7 budget:-5,-4,-3 budget-binned:-4 running-max-heaviest:-6,-5 \
     in-pass-heaviest:-8,-6 mass-in-pass-3:-8,-7 mass-rotating-8:-7,-6 budget-worst-row:-3,-2 \
     product-mass-refresh-8:-8,-7,-6 mass-variance:-8.5,-8,-7 mass-variance-32:-9,-8,-7 mass-mean:-8.5,-7.5
 

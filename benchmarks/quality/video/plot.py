@@ -63,7 +63,7 @@ def curves(rows: Sequence[Row], title: str) -> Figure:
             panel.set_ylabel(meaning)
         # What skips nothing differs by rounding only.
         line[0].set_ylim(top=min(line[0].get_ylim()[1], 60))
-    handles = panels[0, 0].get_legend_handles_labels()
+    handles = panels[1, 0].get_legend_handles_labels()  # of all: what never skips has no threshold
     figure.legend(*handles, loc="outside right upper", fontsize=8, title="product -, emulated - -")
     figure.suptitle(title, fontsize=11)
     return figure

@@ -1,0 +1,206 @@
+"""Tables of what skipping costs in videos, in Markdown, for `benchmarks.tables`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from benchmarks.quality.video.evaluate import at_quality
+
+Result = dict[str, Any]
+
+PRODUCT = {
+    "product-running-max": "`running_max`",
+    "product-mass": "`mass`",
+    "product-mass-summaries": "`mass_summaries`",
+    "product-running-max-warmup": "`running_max`, 5 dense steps first, 2 last",
+    "product-mass-warmup": "`mass`, 5 dense steps first, 2 last",
+    "product-mass-summaries-warmup": "`mass_summaries`, 5 dense steps first, 2 last",
+    "product-mass-summaries-warmup-3": "`mass_summaries`, 3 dense steps first",
+    "product-mass-summaries-rising-2": "the same, threshold rises by 2 over the steps",
+    "product-mass-summaries-rising-4": "the same, threshold rises by 4 over the steps",
+}
+PUBLISHED = "running-max-176"
+EMULATED = {
+    PUBLISHED: "`running_max`, tiles of 128 x 176 as published, emulated",
+    "mass-bend": "`mass_summaries`, emulated",
+    "mass-variance": "summaries without a bend (v / 2), emulated",
+}
+TRIES = {
+    PUBLISHED: "`running_max`, blocks of 176 keys as published",
+    "product-running-max": "`running_max`",
+    "running-max-heaviest": "`running_max`, the heaviest block of the step before visited first",
+    "in-pass": "skipping in the pass: what lies so far below the running maximum takes no part at once; alone",
+    "in-pass-heaviest": "the same, heaviest block first",
+    "mass-in-pass-3": "`mass`, and skipping in the pass 3 below its threshold",
+    "product-mass-refresh-8": "`mass`, all blocks every 8 steps",
+    "mass-rotating-8": "`mass`, each step an eighth of the blocks",
+    "budget": "budget of the dropped mass: mean over a tile's rows",
+    "budget-binned": "the same without a sort, 32 bins of the share",
+    "budget-worst-row": "the same, the row that loses most",
+    "mass-mean": "`mass` with summaries, keys at their mean",
+    "mass-variance": "`mass` with summaries, mean and variance without a bend",
+    "mass-variance-32": "the same, blocks of 32 keys",
+    "product-mass-warmup": "`mass`, 5 dense steps first, 2 last",
+}
+
+
+def video_rules(result: Result) -> str:
+    setup, rows = result["setup"], result["rows"]
+    of = {(row["method"], row["threshold"]): row for row in rows}
+    shown = {name: PRODUCT[name] for name in list(PRODUCT)[:3] if any(row["method"] == name for row in rows)}
+    dense = of["dense", None]["attention_milliseconds"]
+    lines = [
+        f"What skipping costs our video model ({setup['tokens']:,} tokens, {setup['steps']} steps, held-out labels, "
+        f"videos: {setup['videos']}) on one {result['machine']['processor']}, against dense attention from the same "
+        "noise: PSNR, share of the blocks skipped over all steps, and speed of all attention against PyTorch's dense "
+        "one (`benchmarks/quality/video/evaluate.py`):",
+        "",
+        "| threshold | " + " | ".join(shown.values()) + " |",
+        "|---" * (1 + len(shown)) + "|",
+    ]
+    for threshold in sorted({threshold for name, threshold in of if name in shown and threshold % 1 == 0}):
+        cells = (of.get((name, threshold)) for name in shown)
+        lines.append(f"| {threshold:g} | " + " | ".join(_video_cell(cell, dense) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _video_cell(row: Result | None, dense: float | None) -> str:
+    if row is None:
+        return ""
+    speed = f", {dense / row['attention_milliseconds']:.2f} x" if dense and row["attention_milliseconds"] else ""
+    psnr = "equal" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
+    return f"{psnr}, {row['sparsity']:.0%}{speed}"
+
+
+def video_quality(result: Result) -> str:
+    rows = result["rows"]
+    of_dense = {row["method"]: row["attention_milliseconds"] for row in rows if row["threshold"] is None}
+    dense = [milliseconds for milliseconds in of_dense.values() if milliseconds is not None]
+    timed = len(dense) == 2
+    found = {decibels: at_quality(rows, decibels) for decibels in (40.0, 33.0)}
+    columns = ["skipped", "against published", *(["attention, speed"] if timed else [])]
+    names = [f"{column} at {decibels:.0f} dB" for decibels in found for column in columns]
+    lines = [
+        f"Share of the blocks skipped at the same PSNR, interpolated between two thresholds, videos: "
+        f"{result['setup']['videos']}, {result['setup']['tokens']:,} tokens"
+        + (
+            f"; speed of all attention against PyTorch's dense ({dense[0]:.0f} ms a video), and our own "
+            f"({dense[1]:.0f} ms):"
+            if timed
+            else ":"
+        ),
+        "",
+        "| | " + " | ".join(names) + " |",
+        "|---" * (1 + len(names)) + "|",
+    ]
+    for name, meaning in (PRODUCT | EMULATED).items():
+        cells: list[str] = []
+        for at in found.values():
+            sparsity, milliseconds = at.get(name, (None, None))
+            published, _ = at.get(PUBLISHED, (None, None))
+            cells.append("" if sparsity is None else f"{sparsity:.1%}")
+            cells.append("" if sparsity is None or published is None else f"{sparsity / published:.2f} x")
+            if timed:
+                speeds = [] if milliseconds is None else [f"{whole / milliseconds:.2f} x" for whole in dense]
+                cells.append(", ".join(speeds))
+        if any(cells):
+            lines.append(f"| {meaning} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def video_tries(*results: Result) -> str:
+    lengths = [f"{result['setup']['tokens']:,} tokens" for result in results]
+    lines = [
+        "Blocks skipped, as a multiple of what `mass` skips at the same PSNR, and over which range of PSNR (one "
+        "threshold: one figure):",
+        "",
+        "| | " + " | ".join(lengths) + " |",
+        "|---" * (1 + len(results)) + "|",
+    ]
+    for name, meaning in TRIES.items():
+        cells = [_against_mass(result["rows"], name) for result in results]
+        if any(cells):
+            lines.append(f"| {meaning} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _against_mass(rows: list[Result], name: str) -> str:
+    mass = [row for row in rows if row["method"] == "product-mass"]
+    known = [
+        (row["sparsity"] / at[0], row["psnr"])
+        for row in rows
+        if row["method"] == name and row["psnr"] and (at := at_quality(mass, row["psnr"]).get("product-mass"))
+    ]
+    if not known:
+        return ""
+    (low, high), (worst, best) = ((min(numbers), max(numbers)) for numbers in zip(*known, strict=True))
+    if len(known) == 1:
+        return f"{low:.2f} ({best:.0f} dB)"
+    return f"{low:.2f} to {high:.2f} ({worst:.0f} to {best:.0f} dB)"
+
+
+def video_lengths(long: Result, short: Result) -> str:
+    tokens = [result["setup"]["tokens"] for result in (short, long)]
+    of_short, of_long = ({(row["method"], row["threshold"]): row for row in result["rows"]} for result in (short, long))
+    relative = math.log2(tokens[1] / tokens[0])
+    lines = [
+        f"| means the same at both lengths | at {tokens[0]:,} tokens | dropped there "
+        f"| dropped at {tokens[1]:,} tokens | ratio |",
+        "|---" * 5 + "|",
+    ]
+    for form, name, shift in (
+        ("`mass`, a share", "product-mass", 0.0),
+        ("`mass`, a multiple of the share of a block in a uniform softmax", "product-mass", relative),
+        ("budget of the whole dropped mass", "budget", 0.0),
+    ):
+        pairs = [
+            (threshold, row["dropped"], of_long[name, threshold - shift]["dropped"])
+            for (method, threshold), row in of_short.items()
+            if method == name and threshold % 1 == 0 and (name, threshold - shift) in of_long
+        ]
+        lines.append(
+            f"| {form} | "
+            + " | ".join(
+                ", ".join(numbers)
+                for numbers in (
+                    (f"{threshold:g}" for threshold, _, _ in pairs),
+                    (f"{of_short:.2%}" for _, of_short, _ in pairs),
+                    (f"{of_long:.2%}" for _, _, of_long in pairs),
+                    (f"{of_long / of_short:.2f}" for _, of_short, of_long in pairs),
+                )
+            )
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def video_calibration(result: Result) -> str:
+    setup = result["setup"]
+    lines = [
+        f"Our video model, {setup['tokens']:,} tokens, {setup['steps']} steps, rule `{setup['rule']}`: thresholds "
+        f"found on {setup['videos']} videos, and what they cost in {setup['held_out_videos']} with held-out labels; "
+        "means over the layers (`benchmarks/quality/video/calibrate.py`):",
+        "",
+        f"| target | reached | held out | layers within {setup['within']:.0%} of it | blocks skipped |",
+        "|---" * 5 + "|",
+    ]
+    lines += [
+        f"| {row['quantity']} = {row['target']:g} | {row['reached']:.4f} | {row['held_out']:.4f} "
+        f"| {row['layers_within']:.0%} | {row['sparsity']:.0%} |"
+        for row in result["rows"]
+    ]
+    return "\n".join(lines)
+
+
+def video_bend(result: Result) -> str:
+    bends = list(result["rows"][0]["bends"])
+    names = {"0": "mean alone", "infinite": "v / 2"}
+    lines = [
+        "| blocks up to a share of | dropped | " + " | ".join(names.get(b, f"A = {b}") for b in bends) + " |",
+        "|---" * (2 + len(bends)) + "|",
+    ]
+    for row in result["rows"]:
+        errors = " | ".join(f"{row['bends'][bend]:.4f}" for bend in bends)
+        lines.append(f"| 2^{row['threshold']:g} | {row['dropped']:.4f} | {errors} |")
+    return "\n".join(lines)
