@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -311,14 +311,15 @@ def test_two_ranks_with_half_of_the_heads_each(random_model: str, v2: bool) -> N
     lengths = (20, 300, 1500)
     jobs = [Job(n, skipping(-math.inf), max_tokens=48, logprobs=2) for n in lengths]
     mixed = [Job(200 + 150 * place, skipping(-2 - place), start=1000 * place) for place in range(6)]
-    lite, crowd = in_engine(logprobs_and_crowd, random_model, "LITE_ATTN", v2, jobs, mixed, **two)
-    for place, (alone, together, skipped) in enumerate(crowd):
-        assert together == alone, f"request {place}"
-        assert 0 < skipped < 1
-
     dense = [Job(n, {}, max_tokens=48, logprobs=2) for n in lengths]
-    stock = in_engine(logprobs, random_model, "FLASH_ATTN", v2, dense, **two)
-    one = in_engine(logprobs, random_model, "LITE_ATTN", v2, jobs, enable_prefix_caching=False)
-    for length, got, want, of_one in zip(lengths, lite, stock, one, strict=True):
+    with ThreadPoolExecutor() as pool:  # engines start slowly, and side by side
+        of_two = pool.submit(in_engine, logprobs_and_crowd, random_model, "LITE_ATTN", v2, jobs, mixed, **two)
+        of_stock = pool.submit(in_engine, logprobs, random_model, "FLASH_ATTN", v2, dense, **two)
+        alone = pool.submit(in_engine, logprobs, random_model, "LITE_ATTN", v2, jobs, enable_prefix_caching=False)
+    lite, crowd = of_two.result()
+    for place, (apart, together, skipped) in enumerate(crowd):
+        assert together == apart, f"request {place}"
+        assert 0 < skipped < 1
+    for length, got, want, of_one in zip(lengths, lite, of_stock.result(), alone.result(), strict=True):
         assert_same(got, want, NEAR["float16"], f"{length} tokens, stock attention")
         assert_same(got, of_one, NEAR["float16"], f"{length} tokens, one rank")
