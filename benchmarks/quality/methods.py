@@ -580,6 +580,7 @@ METHODS: dict[str, Family] = {
     "product-mass-summaries-rising-2": Family(_product_rising("mass_summaries", 2.0), (-10, -9, -8), 3),
     "product-mass-summaries-rising-4": Family(_product_rising("mass_summaries", 4.0), (-11, -10, -9), 3),
     "product-mass-summaries-rising-6": Family(_product_rising("mass_summaries", 6.0), (-11, -10, -9), 3),
+    "product-mass-rising-2": Family(_product_rising("mass", 2.0), (-9, -8, -7), 3),
     "product-mass-rising-4": Family(_product_rising("mass", 4.0), (-10, -9, -8), 3),
     "product-running-max-rising-4": Family(_product_rising("running_max", 4.0), (-8, -6, -4), 3),
     "product-running-max-warmup": Family(_product("running_max"), (-6, -4, -2), 5, 2),
