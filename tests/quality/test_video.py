@@ -256,6 +256,8 @@ def test_quality_is_read_between_thresholds() -> None:
     ]
     assert at_quality(rows, 35) == {"a": pytest.approx((0.4, 200)), "b": (pytest.approx(0.14), None)}
     assert at_quality(rows, 40)["a"] == pytest.approx((0.2, 300))
+    moving = [row("a", 40, 0.2) | {"temporal_error": 0.1}, row("a", 30, 0.6) | {"temporal_error": 0.5}]
+    assert at_quality(moving, 0.2, "temporal_error")["a"] == (pytest.approx(0.3), None)
 
 
 def test_calibration_is_measured_on_held_out_videos(
@@ -349,6 +351,8 @@ def test_tables_say_what_the_rows_do() -> None:
             "method": method,
             "threshold": threshold,
             "psnr": psnr,
+            "ssim": 1 - sparsity,
+            "temporal_error": 2 * sparsity,
             "sparsity": sparsity,
             "dropped": sparsity / 10,
             "attention_milliseconds": milliseconds,
@@ -374,6 +378,7 @@ def test_tables_say_what_the_rows_do() -> None:
     assert "| -7 | 35.0 dB, 40%, 2.00 x |" in tables.video_rules(long).splitlines()
     untimed = result(200, *(line | {"attention_milliseconds": None} for line in long["rows"]))
     assert "| `mass` | 30.0% | 1.50 x | 44.0% | 1.63 x |" in tables.video_quality(untimed).splitlines()
+    assert "| `mass` |  |  |  | 20.0%, 1.00 x |" in tables.video_measures(long).splitlines()
     published = "| `running_max`, blocks of 176 keys as published | 0.60 (30 dB) |  |"
     assert published in tables.video_tries(long, short).splitlines()
     same, relative, _ = tables.video_lengths(long, short).splitlines()[2:]

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -42,6 +42,7 @@ from benchmarks.results import DIRECTORY, write_result
 DENSE = Method("dense", -math.inf, DenseAttention)
 SPLITS = {"calibrate": 0, "judge": 1_000_000}
 """First seed of each; `judge` has labels that are held out."""
+Measure = Literal["psnr", "ssim", "temporal_error"]
 STILLS = 4
 """Frames of the first video that are kept for the picture."""
 
@@ -192,18 +193,21 @@ def keep_pictures(comparisons: Sequence[Comparison], path: Path) -> None:
     save_file(tensors, path)
 
 
-def at_quality(rows: Sequence[dict[str, Any]], decibels: float) -> dict[str, tuple[float, float | None]]:
-    """Sparsity of methods, and milliseconds of attention, where their PSNR falls to so much.
+def at_quality(
+    rows: Sequence[dict[str, Any]], quality: float, measure: Measure = "psnr"
+) -> dict[str, tuple[float, float | None]]:
+    """Sparsity of methods, and milliseconds of attention, where their PSNR falls to so much, or another measure.
 
     Between two thresholds on a straight line; methods that do not fall to it, or begin below, are left out.
     """
+    sign = -1 if measure == "temporal_error" else 1  # an error rises
     found: dict[str, tuple[float, float | None]] = {}
     for method in dict.fromkeys(row["method"] for row in rows):
         known = [row for row in rows if row["method"] == method and row["psnr"] is not None]
         falling = sorted(known, key=lambda row: row["sparsity"])
         for above, below in pairwise(falling):
-            if above["psnr"] >= decibels > below["psnr"]:
-                part = (above["psnr"] - decibels) / (above["psnr"] - below["psnr"])
+            if sign * above[measure] >= sign * quality > sign * below[measure]:
+                part = (above[measure] - quality) / (above[measure] - below[measure])
                 times = above["attention_milliseconds"], below["attention_milliseconds"]
                 sparsity = (1 - part) * above["sparsity"] + part * below["sparsity"]
                 found[method] = sparsity, None if None in times else (1 - part) * times[0] + part * times[1]

@@ -5,6 +5,7 @@ one, the time of attention (NAME.png); the same frames by several methods and wh
 (NAME_frames.png); and how much each layer skips at each step (NAME_layers.png).
 
     python -m benchmarks.quality.video.plot
+    python -m benchmarks.quality.video.plot --methods 'product-mass*' --bold product-mass-summaries
     python -m benchmarks.quality.video.plot --shown 'product-mass -8' 'budget -5'
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,14 @@ def label(row: Row) -> str:
     return str(row["method"]) if row["threshold"] is None else f"{row['method']} {row['threshold']:g}"
 
 
-def curves(rows: Sequence[Row], title: str) -> Figure:
-    """Each measure against the threshold, the sparsity and, where there is one, the time of attention."""
+def curves(rows: Sequence[Row], title: str, bold: str | None = None) -> Figure:
+    """Each measure against the threshold, the sparsity and, where there is one, the time of attention.
+
+    Args:
+        rows: of a result; those of one method are a curve.
+        title: of the whole picture.
+        bold: method whose curve stands out.
+    """
     across = {"threshold": "threshold, as the method means it", "sparsity": SKIPPED}
     if any(row["attention_milliseconds"] for row in rows):
         across["attention_milliseconds"] = "time of attention a video, ms"
@@ -57,8 +65,9 @@ def curves(rows: Sequence[Row], title: str) -> Figure:
                 ]
                 style = "-" if method.startswith("product") else "--"
                 if points:
-                    panel.plot(*zip(*sorted(points), strict=True), style, marker="o", markersize=3.5,
-                               color=plt.get_cmap("tab20")(number), label=method)  # fmt: skip
+                    panel.plot(*zip(*sorted(points), strict=True), style, marker="o", markersize=3.5, label=method,
+                               linewidth=3 if method == bold else 1.2,
+                               color=plt.get_cmap("tab10" if len(methods) <= 10 else "tab20")(number))  # fmt: skip
             panel.set_xlabel(name)
             panel.set_ylabel(meaning)
         # What skips nothing differs by rounding only.
@@ -134,6 +143,8 @@ def main() -> None:
     parser.add_argument("--name", default="video_quality", help="of the result")
     parser.add_argument("--results", type=Path, default=DIRECTORY, help="folder of NAME.json")
     parser.add_argument("--pictures", type=Path, default=FOLDER, help="folder of NAME.safetensors")
+    parser.add_argument("--methods", nargs="+", default=["*"], metavar="NAME", help="or patterns: curves; default: all")
+    parser.add_argument("--bold", metavar="NAME", help="method whose curve stands out")
     parser.add_argument("--shown", nargs="+", metavar="'METHOD THRESHOLD'", help="in frames and layers; default: the "
                         "first six methods, each where it comes nearest to half of the blocks skipped")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of the pictures")
@@ -150,7 +161,8 @@ def main() -> None:
         parser.error(f"--{error}")
     setup, machine = result["setup"], result["machine"]["processor"]
     title = f"{setup['tokens']:,} tokens, {setup['steps']} steps, mean over videos: {setup['videos']}, {machine}"
-    made = {args.name: curves(result["rows"], title)}
+    drawn = [row for row in result["rows"] if any(fnmatchcase(row["method"], pattern) for pattern in args.methods)]
+    made = {args.name: curves(drawn, title, args.bold)}
     if shown:
         made[f"{args.name}_frames"] = frames(shown, pictures, setup["first_video"])
         made[f"{args.name}_layers"] = layers(shown, pictures)
