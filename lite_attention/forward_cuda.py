@@ -100,10 +100,10 @@ def forward(
 
 
 def summarize_blocks(key: Tensor, value: Tensor, must_skip: Tensor | None) -> Tensor:
-    """As `lite_attention.reference.summarize_blocks`, in one tensor (3, batch, blocks, kv_heads, head_dim): what `forward`
-    does on its own with ``mass_summaries``.
+    """As `lite_attention.reference.summarize_blocks`, in one tensor (3, batch, blocks, kv_heads, head_dim).
 
-    Those of the blocks in ``must_skip``, int32 (words,), are zeros, whatever the blocks hold.
+    Those of the blocks in ``must_skip``, int32 (words,), are zeros, whatever the blocks hold. With ``mass_summaries``
+    `forward` does the same beside its own kernel.
 
     Args:
         key, value: (batch, tokens_k, kv_heads, head_dim), which the GPU's copy engine can read.

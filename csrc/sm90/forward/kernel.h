@@ -403,18 +403,18 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
                 take_turn();
                 issue_qm();
                 issue_sv(0);
-                if (tile > 0) {
-                    warpgroup_fence_operand(summary_weights);
-                    shared.values.wait_full(n - 1);
-                    issue_pv(n - 1, summary_weights);
-                }
-                pass_turn();
                 CUTLASS_PRAGMA_UNROLL
                 for (int part = 1; part < kParts; ++part) {
                     warpgroup_wait<0>();
                     load_part(part);
                     issue_sv(part);
                 }
+                if (tile > 0) {
+                    warpgroup_fence_operand(summary_weights);
+                    shared.values.wait_full(n - 1);
+                    issue_pv(n - 1, summary_weights);
+                }
+                pass_turn();
                 warpgroup_wait<0>();
                 warpgroup_fence_operand(estimates);
                 warpgroup_fence_operand(variances);
