@@ -23,7 +23,7 @@ using torch::stable::Tensor;
 constexpr char const* kForwardSchema =
     "forward_sm90(Tensor query, Tensor key, Tensor value, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) counter, "
     "Tensor(d!)? mask, Tensor(e!)? lse_state, Tensor? thresholds, Tensor? must_visit, Tensor? must_skip, "
-    "Tensor? summaries, Tensor(f!)? skipped, float scale, bool causal, int rule) -> ()";
+    "Tensor(f!)? summaries, Tensor(g!)? skipped, float scale, bool causal, int rule) -> ()";
 constexpr char const* kSummarizeBlocksSchema =
     "summarize_blocks_sm90(Tensor key, Tensor value, Tensor? must_skip, Tensor(a!) summaries) -> ()";
 constexpr char const* kSummarizeSchema =

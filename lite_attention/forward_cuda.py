@@ -72,7 +72,7 @@ def forward(
     must_visit, must_skip = _contiguous_rows(must_visit), _contiguous_rows(must_skip)
     summaries = skipped = None
     if rule == "mass_summaries" and mask is not None:
-        summaries = summarize_blocks(key, value, must_skip)
+        summaries = _empty_summaries(key)
         skipped = torch.empty_like(mask, memory_format=torch.contiguous_format)
 
     torch.ops.lite_attention.forward_sm90(
@@ -102,16 +102,20 @@ def forward(
 def summarize_blocks(key: Tensor, value: Tensor, must_skip: Tensor | None) -> Tensor:
     """As `lite_attention.reference.summarize_blocks`, in one tensor (3, batch, blocks, kv_heads, head_dim).
 
-    Those of the blocks in ``must_skip``, int32 (words,), are zeros, whatever the blocks hold.
+    Those of the blocks in ``must_skip``, int32 (words,), are zeros, whatever the blocks hold. With ``mass_summaries``
+    `forward` does the same beside its own kernel.
 
     Args:
         key, value: (batch, tokens_k, kv_heads, head_dim), which the GPU's copy engine can read.
     """
-    batch, tokens_k, kv_heads, head_dim = key.shape
-    shape = (3, batch, ceil_div(tokens_k, BLOCK_K), kv_heads, head_dim)
-    summaries = torch.empty(shape, dtype=key.dtype, device=key.device)
+    summaries = _empty_summaries(key)
     torch.ops.lite_attention.summarize_blocks_sm90(key, value, must_skip, summaries)
     return summaries
+
+
+def _empty_summaries(key: Tensor) -> Tensor:
+    batch, tokens_k, kv_heads, head_dim = key.shape
+    return key.new_empty((3, batch, ceil_div(tokens_k, BLOCK_K), kv_heads, head_dim))
 
 
 def _readable(tensor: Tensor) -> Tensor:

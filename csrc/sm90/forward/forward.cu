@@ -106,18 +106,28 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
     if (error == cudaSuccess && !Config::kPaired) {
         error = cudaMemsetAsync(params.counter, 0, sizeof(int), stream);
     }
+    if constexpr (Config::kSummaries > 0) {
+        SummarizeBlocksParams const blocks = {
+            params.key, params.value, params.must_skip, params.summaries, params.batch, params.tokens_k, params.kv_heads,
+            params.head_dim, params.dtype};
+        char const* const failure = error == cudaSuccess ? summarize_blocks(blocks, stream) : nullptr;
+        if (failure != nullptr) { return failure; }
+    }
     if (error == cudaSuccess) {
         int64_t const rows = static_cast<int64_t>(tiles) * params.heads * params.batch;
-        cudaLaunchAttribute cluster{};
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim = {Config::kCluster, 1, 1};
+        cudaLaunchAttribute attributes[2]{};
+        attributes[0].id = cudaLaunchAttributeClusterDimension;
+        attributes[0].val.clusterDim = {Config::kCluster, 1, 1};
+        // Begins beside the kernel that summarizes blocks, and waits for it where it needs summaries.
+        attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[1].val.programmaticStreamSerializationAllowed = 1;
         cudaLaunchConfig_t config{};
         config.gridDim = static_cast<unsigned>(std::min<int64_t>(rows, processors() / Config::kCluster)) * Config::kCluster;
         config.blockDim = Config::kThreads;
         config.dynamicSmemBytes = kSharedBytes;
         config.stream = stream;
-        config.attrs = &cluster;
-        config.numAttrs = 1;
+        config.attrs = attributes;
+        config.numAttrs = Config::kSummaries > 0 ? 2 : 1;
         error = cudaLaunchKernelEx(&config, kernel, kernel_params);
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -93,6 +93,8 @@ CUTLASS_DEVICE void fetch(ParamsOf<Config> const& params, SharedStorage<Config>&
             int const place = shared.queries.place(row);
             uint64_t* const full = &shared.queries.full[place];
             if (work.tile < 0) {
+                // Whoever waits for this kernel waits for that too.
+                if (Config::kSummaries > 0) { cudaGridDependencySynchronize(); }
                 Barrier::arrive(full);
                 break;
             }
@@ -112,6 +114,8 @@ CUTLASS_DEVICE void fetch(ParamsOf<Config> const& params, SharedStorage<Config>&
                         map, full, cute::TMA::CacheHintSm90::EVICT_LAST, tiles + place * Config::kTileK * Config::kHeadDim,
                         row, step.summaries.block, kv_head, work.batch);
                 };
+                // The kernel that makes them may still run.
+                cudaGridDependencySynchronize();
                 shared.keys.wait_empty(n);
                 CopyBarrier::arrive_and_expect_tx(&shared.keys.full[place], 2 * kBytes);
                 copy_summaries(params.mean, &shared.keys.full[place], shared.key, 0);
@@ -320,11 +324,11 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
         }
         warpgroup_commit_batch();
     };
-    auto issue_pv = [&](uint32_t n, auto keys) {
+    auto issue_pv = [&](uint32_t n, auto const& weights) {
         warpgroup_fence_operand(out);
         warpgroup_arrive();
         CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < keys / 16; ++i) {
+        for (int i = 0; i < size<2>(weights); ++i) {
             cute::gemm(mma_pv, weights(_, _, i), v(_, _, i, shared.values.place(n)), out);
             mma_pv.accumulate_ = GMMA::ScaleOut::One;
         }
@@ -339,11 +343,14 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
         if (kTracking != Tracking::kNone && lane == 0) { shared.step[shared.steps.place(n)].keep[warp] = keep; }
     };
 
-    // Has the summaries of blocks that a row does not visit take part, from step n on.
+    // Has the summaries of blocks that a row does not visit take part, from step n on. What a tile needs of the tensor cores is under way
+    // together with the values of the tile before.
     auto attend_summaries = [&](int tiles) {
         if constexpr (Config::kSummaries > 0) {
             constexpr int kSummaries = Config::kSummaries;
             using Products = SummaryProducts<Config>;
+            constexpr int kSquares = Products::kSquares;
+            constexpr int kParts = Config::kHeadDim / kSquares;
             typename Products::MmaQM mma_qm;
             typename Products::MmaSV mma_sv;
             auto summaries = [&](int part) {
@@ -353,47 +360,62 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
             Tensor variance = mma_sv.get_slice(warpgroup * kWarpgroup).partition_fragment_B(summaries(1));
             Tensor estimates = partition_fragment_C(mma_qm, Shape<Int<Config::kRows>, Int<kSummaries>>{});
             Tensor variances = partition_fragment_C(mma_qm, Shape<Int<Config::kRows>, Int<kSummaries>>{});
-            Tensor squares = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Products::kSquares / 16>>>{});
-            auto& square_words = *reinterpret_cast<uint32_t(*)[Products::kSquares / 4]>(raw_pointer_cast(squares.data()));
+            Tensor squares = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kSquares / 16>>>{});
+            Tensor summary_weights = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<kSummaries / 16>>>{});
+            auto& weight_words = *reinterpret_cast<uint32_t(*)[kSummaries / 4]>(raw_pointer_cast(summary_weights.data()));
+            auto& square_words = *reinterpret_cast<uint32_t(*)[kSquares / 4]>(raw_pointer_cast(squares.data()));
 
-            for (int tile = 0; tile < tiles; ++tile, ++n) {
+            auto load_part = [&](int part) {
                 CUTLASS_PRAGMA_UNROLL
-                for (int part = 0; part < Config::kHeadDim / Products::kSquares; ++part) {
-                    CUTLASS_PRAGMA_UNROLL
-                    for (int i = 0; i < Products::kSquares / 16; ++i) {
-                        int const channel = part * Products::kSquares + 16 * i + lane / 16 * 8;
-                        load_squares<Element>(
-                            query(warp * kWarpQ + lane % 16, channel, shared.queries.place(n_row)), params.query_scale,
-                            square_words + 4 * i);
-                    }
-                    if (part == 0) {
-                        shared.keys.wait_full(n);
-                        take_turn();
-                        warpgroup_fence_operand(estimates);
-                    }
-                    warpgroup_fence_operand(variances);
-                    warpgroup_fence_operand(squares);
-                    warpgroup_arrive();
-                    if (part == 0) {
-                        mma_qm.accumulate_ = mma_sv.accumulate_ = GMMA::ScaleOut::Zero;
-                        CUTLASS_PRAGMA_UNROLL
-                        for (int i = 0; i < size<2>(q); ++i) {
-                            cute::gemm(
-                                mma_qm, q(_, _, i, shared.queries.place(n_row)), mean(_, _, i, shared.keys.place(n)),
-                                estimates);
-                            mma_qm.accumulate_ = GMMA::ScaleOut::One;
-                        }
-                    }
-                    CUTLASS_PRAGMA_UNROLL
-                    for (int i = 0; i < size<2>(squares); ++i) {
-                        int const k = part * Products::kSquares / 16 + i;
-                        cute::gemm(mma_sv, squares(_, _, i), variance(_, _, k, shared.keys.place(n)), variances);
-                        mma_sv.accumulate_ = GMMA::ScaleOut::One;
-                    }
-                    warpgroup_commit_batch();
-                    if (part == 0) { pass_turn(); }
-                    warpgroup_wait<0>();
+                for (int i = 0; i < kSquares / 16; ++i) {
+                    load_squares<Element>(
+                        query(warp * kWarpQ + lane % 16, part * kSquares + 16 * i + lane / 16 * 8, shared.queries.place(n_row)),
+                        params.query_scale, square_words + 4 * i);
                 }
+                warpgroup_fence_operand(squares);
+            };
+            auto issue_qm = [&] {
+                warpgroup_fence_operand(estimates);
+                warpgroup_arrive();
+                mma_qm.accumulate_ = mma_sv.accumulate_ = GMMA::ScaleOut::Zero;
+                CUTLASS_PRAGMA_UNROLL
+                for (int i = 0; i < size<2>(q); ++i) {
+                    cute::gemm(mma_qm, q(_, _, i, shared.queries.place(n_row)), mean(_, _, i, shared.keys.place(n)), estimates);
+                    mma_qm.accumulate_ = GMMA::ScaleOut::One;
+                }
+                warpgroup_commit_batch();
+            };
+            auto issue_sv = [&](int part) {
+                warpgroup_fence_operand(variances);
+                warpgroup_arrive();
+                CUTLASS_PRAGMA_UNROLL
+                for (int i = 0; i < size<2>(squares); ++i) {
+                    int const k = part * kSquares / 16 + i;
+                    cute::gemm(mma_sv, squares(_, _, i), variance(_, _, k, shared.keys.place(n)), variances);
+                    mma_sv.accumulate_ = GMMA::ScaleOut::One;
+                }
+                warpgroup_commit_batch();
+            };
+            if (kParts == 1) { load_part(0); }
+            for (int tile = 0; tile < tiles; ++tile, ++n) {
+                if (kParts > 1) { load_part(0); }
+                shared.keys.wait_full(n);
+                take_turn();
+                issue_qm();
+                issue_sv(0);
+                CUTLASS_PRAGMA_UNROLL
+                for (int part = 1; part < kParts; ++part) {
+                    warpgroup_wait<0>();
+                    load_part(part);
+                    issue_sv(part);
+                }
+                if (tile > 0) {
+                    warpgroup_fence_operand(summary_weights);
+                    shared.values.wait_full(n - 1);
+                    issue_pv(n - 1, summary_weights);
+                }
+                pass_turn();
+                warpgroup_wait<0>();
                 warpgroup_fence_operand(estimates);
                 warpgroup_fence_operand(variances);
                 warpgroup_fence_operand(out);
@@ -411,17 +433,16 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
                     if (lane == 0 && come_back != 0) { atomicOr(&step.come_back.word[i], come_back); }
                 }
                 float rescale[2];
-                if (softmax.add_estimates(estimates, summaries.stand_in, words, rescale)) {
+                if (softmax.add_estimates(estimates, summaries.stand_in, weight_words, rescale)) {
                     CUTLASS_PRAGMA_UNROLL
                     for (int i = 0; i < size(out); ++i) { out(i) *= rescale[i / 2 % 2]; }
                 }
-                shared.values.wait_full(n);
-                issue_pv(n, Int<kSummaries>{});
-   warpgroup_wait<0>(); warpgroup_fence_operand(out);
             }
+            shared.values.wait_full(n - 1);
+            issue_pv(n - 1, summary_weights);
             warpgroup_wait<0>();
             warpgroup_fence_operand(out);
-            if (tiles > 0) { empty(shared.values, n - 1); }
+            empty(shared.values, n - 1);
             forget(scores);
         }
     };
@@ -470,7 +491,7 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
             warpgroup_fence_operand(weights);
             issue_qk();
             shared.values.wait_full(n - 1);
-            issue_pv(n - 1, Int<Config::kTileK>{});
+            issue_pv(n - 1, weights);
             pass_turn();
             // Judging the tile before takes no time of its own while the products are under way.
             answer(n - 1, softmax.judge(words, *static_cast<uint32_t const volatile*>(&shared.zero)));
@@ -489,13 +510,13 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
             }
         }
         shared.values.wait_full(n);
-        issue_pv(n, Int<Config::kTileK>{});
+        issue_pv(n, weights);
         answer(n, softmax.judge(words, 0));
         warpgroup_wait<0>();
         warpgroup_fence_operand(out);
         empty(shared.values, n);
         ++n;
-        attend_summaries(summary_tiles);
+        if (summary_tiles > 0) { attend_summaries(summary_tiles); }
 
         float factor[2];
         float lse[2];

@@ -44,7 +44,7 @@ struct ForwardParams {
     int32_t const* must_skip;   // (words,) or null
 
     // Rule `mass_summaries`: means and variances of the keys of blocks and means of their values, (3, batch, blocks, kv_heads,
-    // head_dim) contiguous, and room for notes, as large as the mask and contiguous.
+    // head_dim) contiguous, and room for notes, as large as the mask and contiguous. Both are written.
     void* summaries;
     int32_t* skipped;
 
