@@ -64,9 +64,9 @@ def forward(
         query, scale = (-query, -scale) if scale < 0 else (query * scale, 1.0)
     query, key, value = (_readable(tensor) for tensor in (query, key, value))
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    # One allocation for two: behind the results, two counters, and the order and the weight of each row of the mask.
+    # One allocation for two: behind the results three counters, and the order and what each row of the mask visits.
     rows = batch * heads * tokens_q
-    schedule_words = 2 if mask is None else 2 + 2 * mask.shape[:3].numel()
+    schedule_words = 3 if mask is None else 3 + 2 * mask.shape[:3].numel()
     words = torch.empty(rows + schedule_words, dtype=torch.float32, device=query.device)
     lse, schedule = words[:rows].view(batch, heads, tokens_q), words[rows:].view(torch.int32)
     mask_rows, lse_rows = _contiguous_rows(mask), _contiguous_rows(lse_state)

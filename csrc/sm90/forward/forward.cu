@@ -111,7 +111,8 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
     int64_t const rows = static_cast<int64_t>(tiles) * params.heads * params.batch;
     if (error == cudaSuccess && Config::kTracking != Tracking::kNone && rows > processors()) {
         kernel_params.rows.order = params.schedule + kCounters;
-        error = order_rows(kernel_params.rows, params.schedule, stream);
+        bool const near = head_bytes * params.kv_heads * params.batch <= kGroupBytes;
+        error = order_rows(kernel_params.rows, params.schedule, near, stream);
     }
     if (error == cudaSuccess) {
         cudaLaunchAttribute cluster{};
