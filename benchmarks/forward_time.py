@@ -9,6 +9,7 @@ Groups:
     dense     every head size and length, causal and not, a batch: against FlashAttention 3
     tracking  deciding in every visited block while nothing is cleared: what the rules cost
     sparse    a share of the blocks skipped, chosen one by one or in runs of 8; the mask stays as it is
+    skewed    as sparse, but some rows of the mask keep many times what others do
     summaries what it costs that summaries stand in for skipped blocks, against leaving them out; making them alone
 
 Examples:
@@ -41,6 +42,7 @@ from lite_attention.tiles import BLOCK_K, TILE_Q, ceil_div
 NEVER = -50.0  # a threshold that no block passes, so that the mask stays as it is
 SHARES = (0.2, 0.4, 0.6, 0.8, 0.9)
 RUNS = (1, 8)
+SKEWED_SHARES = (0.4, 0.6, 0.9)
 SUMMARIZED_SHARES = (0.0, 0.5, 0.9)
 RULES: tuple[Rule, ...] = ("mass", "mass_summaries")  # without and with summaries
 DTYPE = torch.bfloat16
@@ -88,6 +90,7 @@ GROUPS = {
     ],
     "tracking": LONG,
     "sparse": LONG,
+    "skewed": [Workload(12544, 6, 64), *LONG],
     "summaries": [Workload(32760, 12, head_dim) for head_dim in (128, 64)],
 }
 
@@ -139,12 +142,18 @@ def restoring_call(inputs: tuple[Tensor, Tensor, Tensor], mask: Tensor, rule: Ru
     return restored
 
 
-def random_mask(workload: Workload, share: float, run: int, device: torch.device | str = "cuda") -> Tensor:
-    """A mask that skips about ``share`` of the blocks in runs of ``run``; the last block of each tile stays."""
+def random_mask(
+    workload: Workload, share: float, run: int, skew: float = 0.0, device: torch.device | str = "cuda"
+) -> Tensor:
+    """A mask that skips about ``share`` of the blocks in runs of ``run``; the last block of each tile stays.
+
+    What a row of the mask keeps is log-normal, with ``skew`` as the deviation of its logarithm, and at most all.
+    """
     random = torch.Generator(device).manual_seed(0)
     blocks, tiles = ceil_div(workload.tokens, BLOCK_K), ceil_div(workload.tokens, TILE_Q)
     size = (workload.batch, workload.heads, tiles, ceil_div(blocks, run))
-    bits = torch.rand(size, device=device, generator=random) >= share
+    spread = torch.randn((*size[:3], 1), device=device, generator=random) * skew - skew**2 / 2
+    bits = torch.rand(size, device=device, generator=random) < (1 - share) * spread.exp()
     bits = bits.repeat_interleave(run, -1)[..., :blocks]
     bits[..., -1] = True
     return pack_bits(bits)
@@ -221,6 +230,20 @@ def sparse(workload: Workload, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def skewed(workload: Workload, rounds: int) -> list[dict[str, Any]]:
+    inputs = workload.inputs()
+    masks = {f"{share} skewed": random_mask(workload, share, 1, skew=1.0) for share in SKEWED_SHARES}
+    calls = {"dense": dense_call(inputs), **fa3_call(inputs)}
+    calls |= {name: tracking_call(inputs, mask, "running_max") for name, mask in masks.items()}
+    times = measure(calls, workload, rounds)
+    rows = []
+    for name, mask in masks.items():
+        skipped = 1 - unpack_bits(mask, ceil_div(workload.tokens, BLOCK_K)).double().mean().item()
+        result = row("skewed", workload, name, times, skipped=skipped)
+        rows.append(result | {"of_ideal": result["against_dense"] * (1 - skipped)})
+    return rows
+
+
 def summaries(workload: Workload, rounds: int) -> list[dict[str, Any]]:
     inputs = workload.inputs()
     _, key, value = inputs
@@ -250,7 +273,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     print("|---" * 11 + "|")
     for r in rows:
         workload = Workload(*(r[name] for name in Workload._fields))
-        tflops = "" if r["group"] in ("sparse", "summaries") else f"{r['tflops']:.0f}"
+        tflops = "" if r["group"] in ("sparse", "skewed", "summaries") else f"{r['tflops']:.0f}"
         print(
             f"| {r['group']} | {r['head_dim']} | {workload} | {r['call']} | {cell(r.get('skipped'))} "
             f"| {r['milliseconds']:.3f} | {tflops} | {cell(r['against_fa3'])} | {cell(r['against_dense'])} "
@@ -271,7 +294,7 @@ def main() -> None:
         print("fa3-fwd is not installed: only own times")
 
     rounds = min(args.rounds, 2) if args.quick else args.rounds
-    measures = {"dense": dense, "tracking": tracking, "sparse": sparse, "summaries": summaries}
+    measures = {"dense": dense, "tracking": tracking, "sparse": sparse, "skewed": skewed, "summaries": summaries}
     work = [(group, workload) for group in args.only for workload in GROUPS[group][: 1 if args.quick else None]]
     rows = [r for group, workload in tqdm(work, unit="shape") for r in measures[group](workload, rounds)]
     setup = {"dtype": str(DTYPE).removeprefix("torch."), "rounds": rounds, "quick": args.quick, "groups": args.only}

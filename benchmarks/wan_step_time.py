@@ -227,7 +227,7 @@ def kernel_speedups(model: Model, workload: Workload, masks: dict[float, Tensor]
 @torch.inference_mode()
 def rows_of(model: Model, size: Size, workload: Workload, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of one size of video."""
-    masks = {share: random_mask(workload, share, 1, model.device) for share in args.shares}
+    masks = {share: random_mask(workload, share, 1, device=model.device) for share in args.shares}
     times = measure(model, size, masks, args.seconds, args.compile)
     speedups = kernel_speedups(model, workload, masks)
     attention = 1 - statistics.median(a / b for a, b in zip(times["none"], times["stock"], strict=True))

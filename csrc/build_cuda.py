@@ -72,6 +72,7 @@ def units() -> Iterator[tuple[str, str, str]]:
             defines = f"-DLITE_HEAD_DIM={head_dim} -DLITE_BFLOAT16={bfloat16}"
             yield name, f"sm90/{operator}/{operator}.cu", f"{KERNEL_FLAGS} {defines} -I$cutlass"
         yield f"{operator}_dispatch.o", f"sm90/{operator}/dispatch.cpp", ""
+    yield "order.o", "sm90/forward/order.cu", f"{KERNEL_FLAGS} -I$cutlass"
     yield "summarize_blocks.o", "sm90/forward/summarize_blocks.cu", f"{KERNEL_FLAGS} -I$cutlass"
     yield "summarize.o", "sm90/decode/summarize.cu", KERNEL_FLAGS
     yield "torch_library.o", "torch_library.cpp", f"{TORCH_FLAGS} -isystem $torch/include"

@@ -21,7 +21,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr char const* kForwardSchema =
-    "forward_sm90(Tensor query, Tensor key, Tensor value, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) counter, "
+    "forward_sm90(Tensor query, Tensor key, Tensor value, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) schedule, "
     "Tensor(d!)? mask, Tensor(e!)? lse_state, Tensor? thresholds, Tensor? must_visit, Tensor? must_skip, "
     "Tensor(f!)? summaries, Tensor(g!)? skipped, float scale, bool causal, int rule) -> ()";
 constexpr char const* kSummarizeBlocksSchema =
@@ -82,7 +82,7 @@ void forward_sm90(
     Tensor const& value,
     Tensor const& out,
     Tensor const& lse,
-    Tensor const& counter,
+    Tensor const& schedule,
     std::optional<Tensor> const& mask,
     std::optional<Tensor> const& lse_state,
     std::optional<Tensor> const& thresholds,
@@ -99,7 +99,7 @@ void forward_sm90(
     params.value = view(value);
     params.out = view(out);
     params.lse = data<float>(lse);
-    params.counter = data<int32_t>(counter);
+    params.schedule = data<int32_t>(schedule);
     if (mask) {
         params.mask = data<int32_t>(mask);
         params.mask_batch_stride = mask->stride(0);

@@ -64,10 +64,11 @@ def forward(
         query, scale = (-query, -scale) if scale < 0 else (query * scale, 1.0)
     query, key, value = (_readable(tensor) for tensor in (query, key, value))
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    # One allocation for two: the last word is the counter from which the kernel's blocks draw their work.
+    # One allocation for two: behind the results three counters, and the order and what each row of the mask visits.
     rows = batch * heads * tokens_q
-    words = torch.empty(rows + 1, dtype=torch.float32, device=query.device)
-    lse, counter = words[:rows].view(batch, heads, tokens_q), words[rows:].view(torch.int32)
+    schedule_words = 3 if mask is None else 3 + 2 * mask.shape[:3].numel()
+    words = torch.empty(rows + schedule_words, dtype=torch.float32, device=query.device)
+    lse, schedule = words[:rows].view(batch, heads, tokens_q), words[rows:].view(torch.int32)
     mask_rows, lse_rows = _contiguous_rows(mask), _contiguous_rows(lse_state)
     must_visit, must_skip = _contiguous_rows(must_visit), _contiguous_rows(must_skip)
     summaries = skipped = None
@@ -81,7 +82,7 @@ def forward(
         value,
         out,
         lse,
-        counter,
+        schedule,
         mask_rows,
         lse_rows,
         _contiguous_rows(thresholds),

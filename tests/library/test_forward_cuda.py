@@ -249,6 +249,23 @@ def test_many_tiles_with_random_masks(rule: Rule, head_dim: int, causal: bool) -
     assert torch.equal(state.mask, before.mask)
 
 
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_which_rows_come_first_changes_no_bit(rule: Rule) -> None:
+    """More rows of the mask than multiprocessors are put in order; those of two heads alone are not."""
+    shape = Shape(2, 1500, 2100, 8, 4)
+    query, key, value = cuda_inputs(shape)
+    state = cuda_state(shape)
+    state.mask.copy_(random_mask(shape))
+    before = state.copy()
+    together = step((query, key, value), state, numbers(-6.0, -3.0), rule)
+    for kv_head in range(4):
+        heads = slice(2 * kv_head, 2 * kv_head + 2)
+        some = State(*(tensor[:, heads].clone() for tensor in before))
+        keys, values = (tensor[:, :, kv_head : kv_head + 1] for tensor in (key, value))
+        out, lse = step((query[:, :, heads], keys, values), some, numbers(-6.0, -3.0), rule)
+        assert_same((out, lse, *some), (together[0][:, :, heads], *(part[:, heads] for part in (together[1], *state))))
+
+
 # Strides and memory
 
 

@@ -7,6 +7,7 @@
 #include "../common/tensor_map.h"
 #include "kernel.h"
 #include "launch.h"
+#include "order.h"
 
 namespace lite_attention::sm90 {
 namespace {
@@ -81,7 +82,8 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
         params.thresholds,
         params.must_visit,
         params.must_skip,
-        params.counter,
+        params.schedule,
+        nullptr,
         params.tokens_q,
         params.tokens_k,
         Config::kRows,
@@ -104,7 +106,13 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
     static_assert(kSharedBytes <= 227 * 1024);
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     if (error == cudaSuccess && !Config::kPaired) {
-        error = cudaMemsetAsync(params.counter, 0, sizeof(int), stream);
+        error = cudaMemsetAsync(params.schedule, 0, kCounters * sizeof(int), stream);
+    }
+    int64_t const rows = static_cast<int64_t>(tiles) * params.heads * params.batch;
+    if (error == cudaSuccess && Config::kTracking != Tracking::kNone && rows > processors()) {
+        kernel_params.rows.order = params.schedule + kCounters;
+        bool const near = head_bytes * params.kv_heads * params.batch <= kGroupBytes;
+        error = order_rows(kernel_params.rows, params.schedule, near, stream);
     }
     if constexpr (Config::kSummaries > 0) {
         SummarizeBlocksParams const blocks = {
@@ -114,7 +122,6 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
         if (failure != nullptr) { return failure; }
     }
     if (error == cudaSuccess) {
-        int64_t const rows = static_cast<int64_t>(tiles) * params.heads * params.batch;
         cudaLaunchAttribute attributes[2]{};
         attributes[0].id = cudaLaunchAttributeClusterDimension;
         attributes[0].val.clusterDim = {Config::kCluster, 1, 1};

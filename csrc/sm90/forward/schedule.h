@@ -18,6 +18,7 @@ struct RowParams {
     int32_t const* must_visit;
     int32_t const* must_skip;
     int* counter;
+    int32_t const* order;  // numbers of rows as `locate` takes them; null: 0, 1, 2, ...
     int tokens_q;
     int tokens_k;
     int tile_queries;  // in a tile
@@ -322,7 +323,7 @@ CUTLASS_DEVICE void plan(RowParams const& params, int32_t* skipped, SharedStorag
     int taken = take();
     for (int row = blockIdx.x / kCluster; row < rows;) {
         StepOf<Config> step{};
-        locate(params, row, step.work);
+        locate(params, kTracks && params.order != nullptr ? params.order[row] : row, step.work);
         step.work.tile = step.work.tile * kCluster + blockIdx.x % kCluster;
         int32_t* notes = nullptr;
         if constexpr (Config::kSummaries > 0) {

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: MIT
+// The order in which the rows of the mask are worked on.
+#pragma once
+
+#include "schedule.h"
+
+namespace lite_attention::sm90 {
+
+// Words that are zero before the launch: the rows that are taken, thread blocks that have weighed theirs, and what all visit.
+constexpr int kCounters = 3;
+
+// Writes `rows.order` and, behind it, a word for each row that only this needs. `near`: the L2 cache holds all keys and values.
+cudaError_t order_rows(RowParams const& rows, int32_t* counters, bool near, cudaStream_t stream);
+
+}  // namespace lite_attention::sm90
