@@ -145,7 +145,7 @@ def test_the_built_library_registers_its_operators() -> None:
 def test_plan_of_the_build(build_cuda: ModuleType) -> None:
     units = list(build_cuda.units())
     kernels = 2 * len(build_cuda.FORWARD_HEAD_DIMS) + 2 * len(build_cuda.DECODE_HEAD_DIMS)
-    assert len({name for name, _, _ in units}) == len(units) == kernels + 5
+    assert len({name for name, _, _ in units}) == len(units) == kernels + 6
     assert all((ROOT / "csrc" / source).exists() for _, source, _ in units)
     text = build_cuda.plan("library.so", Path("/a b/nvcc"), Path("/py/$torch"), Path("/cutlass"))
     assert "nvcc = '/a b/nvcc'\n" in text and "torch = '/py/$$torch'\n" in text
