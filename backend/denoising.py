@@ -19,6 +19,18 @@ TextAt = Literal["none", "start", "end"]
 
 Key = TypeVar("Key", bound=Hashable)
 Layer = TypeVar("Layer", bound=LiteAttention)
+Thresholds = TypeVar("Thresholds", float, Tensor)
+
+
+def risen(threshold: Thresholds, rise: float, step: int, steps: int) -> Thresholds:
+    """The threshold, or float32 (batch,), of a step, counted from 0, of a generation of so many.
+
+    It rises evenly, from ``threshold`` at the first step to ``threshold + rise`` at the last one, but not above 0.
+    -inf stays -inf.
+    """
+    last = max(steps - 1, 1)
+    now = threshold + rise * (min(step, last) / last)
+    return now.clamp(max=0.0) if isinstance(now, Tensor) else min(now, 0.0)
 
 
 def state_at(states: dict[Key, tuple[Layer, int]], key: Key, step: int, make: Callable[[], Layer]) -> Layer:

@@ -13,6 +13,9 @@ Rule = Literal["running_max", "mass", "mass_summaries"]
 RULES_SHOWN = f"{', '.join(_others)} or {_last}"
 """As an error shows what it expects."""
 
+MAX_THRESHOLD_RISE = 16.0
+"""By how much, log2 of a weight, a threshold may rise over the steps: more than lies between any two in use."""
+
 
 def needs_lse(rule: Rule) -> bool:
     """Whether the rule compares with the log-sum-exp of the step before, which the state then keeps."""
@@ -54,6 +57,20 @@ def check_schedule(value: Mapping[int, float], name: str = "threshold") -> dict[
         if step < 0:
             raise ValueError(f"{name}: expected steps from 0 on, got {step}")
     return {step: normalize_threshold(value[step], f"{name}[{step}]") for step in sorted(value)}
+
+
+def check_threshold_rise(value: object, name: str = "threshold_rise") -> float:
+    """Return ``value`` if a threshold may rise by as much over the steps of a generation.
+
+    Raises:
+        TypeError: ``value`` is not a number (a bool is none).
+        ValueError: ``value`` is NaN, negative or above `MAX_THRESHOLD_RISE`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
+    if not 0 <= value <= MAX_THRESHOLD_RISE:
+        raise ValueError(f"{name}: expected a number from 0 to {MAX_THRESHOLD_RISE:.0f}, got {value}")
+    return float(value)
 
 
 def check_heads(value: Iterable[int], name: str = "dense_heads") -> tuple[int, ...]:

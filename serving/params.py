@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Self, TypeVar, cast, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from lite_attention.calibration import Calibration, DecodeCalibration
-from lite_attention.options import RULES_SHOWN, Rule
+from lite_attention.options import MAX_THRESHOLD_RISE, RULES_SHOWN, Rule
 
 PREFIX: Final = "lite_attn_"
 CONFIG_KEY: Final = "lite_attn"
@@ -29,7 +29,7 @@ _MAX_SHOWN_NAMES = 20
 
 
 class LiteParamError(ValueError):
-    """A request's `lite_attn_*` parameter cannot be used; `parameter` is the first one at fault."""
+    """A parameter of a request, or an option of a server, cannot be used; `parameter` is the first one at fault."""
 
     def __init__(self, message: str, parameter: str) -> None:
         super().__init__(message)
@@ -56,6 +56,12 @@ def _threshold(value: Any) -> float:
         f"expected a number from -{MAX_THRESHOLD_SIZE:.0f} to 0 (log2 of a share; a positive number means "
         "its negative) or -inf"
     )
+
+
+def _rise(value: Any) -> float:
+    if _is_number(value) and 0 <= value <= MAX_THRESHOLD_RISE:
+        return float(value)
+    raise ValueError(f"expected a number from 0 to {MAX_THRESHOLD_RISE:.0f} (log2 units, over all steps)")
 
 
 def _switch(value: Any) -> bool:
@@ -107,6 +113,7 @@ def _profiles(kind: type[Profile], value: Any) -> dict[str, Profile]:
 
 
 Threshold = Annotated[float, BeforeValidator(_threshold)]
+Rise = Annotated[float, BeforeValidator(_rise)]
 Switch = Annotated[bool, BeforeValidator(_switch)]
 Steps = Annotated[int, BeforeValidator(_steps)]
 Share = Annotated[float, BeforeValidator(_share)]
@@ -133,6 +140,11 @@ class SkipOptions(BaseModel):
     def skips(self) -> bool:
         return self.enable and self.threshold > -math.inf
 
+    @property
+    def highest_threshold(self) -> float:
+        """The threshold of the step that skips most."""
+        return self.threshold
+
 
 class RequestOptions(SkipOptions):
     """How one request to a language model skips."""
@@ -141,10 +153,17 @@ class RequestOptions(SkipOptions):
 class DenoiseOptions(SkipOptions):
     """How one generation of a diffusion model skips; steps are denoising steps.
 
-    The last `cooldown_steps` are dense, as the first `warmup_steps` are.
+    The last `cooldown_steps` are dense, as the first `warmup_steps` are. `threshold` is that of the first step, the
+    strictest; it rises evenly over the steps, by `threshold_rise` up to the last one, but never above 0.
     """
 
-    cooldown_steps: Steps
+    cooldown_steps: Steps = 0
+    threshold_rise: Rise = 0.0
+
+    @property
+    def highest_threshold(self) -> float:
+        """See `SkipOptions`."""
+        return min(self.threshold + self.threshold_rise, 0.0)
 
 
 Options = TypeVar("Options", bound=SkipOptions)
@@ -155,7 +174,8 @@ DENSE: Final = RequestOptions(threshold=-math.inf, enable=False, refresh_interva
 class _ServerOptions(SkipOptions):
     """What a request gets that does not say, and what it may ask for.
 
-    That is a threshold up to `max_threshold`, or one of `profiles`; one that names neither gets `profile`.
+    That is a threshold that is nowhere above `max_threshold`, or one of `profiles`; one that names neither gets
+    `profile`.
     """
 
     threshold: Threshold = -math.inf
@@ -184,9 +204,8 @@ class _ServerOptions(SkipOptions):
     def check(self, prefix: str) -> None:
         """Raises ValueError where options contradict each other; it names them behind `prefix`."""
         if self.profile is None:
-            if self.max_threshold is not None and self.threshold > self.max_threshold:
-                limit = f"{prefix}max_threshold = {self.max_threshold}"
-                raise ValueError(f"{prefix}threshold: expected at most {limit}, got {self.threshold}")
+            if self.max_threshold is not None:
+                _check_limit(self, self.max_threshold, f"{prefix}max_threshold = {self.max_threshold}", prefix)
         elif "threshold" in self.model_fields_set:
             raise ValueError(f"{prefix}threshold: expected none beside {prefix}profile, got {self.threshold}")
         elif self.profile not in self.profiles:
@@ -210,14 +229,13 @@ class ServerOptions(_ServerOptions):
     check_share: Share = 0.0
 
 
-class DenoiseServerOptions(_ServerOptions):
+class DenoiseServerOptions(_ServerOptions, DenoiseOptions):
     """Of a server of a diffusion model.
 
     All requests skip by the same `rule`, which decides what memory their states take.
     """
 
     threshold: Threshold = -8.0
-    cooldown_steps: Steps = 0
     rule: Annotated[Rule, BeforeValidator(_rule)] = "running_max"
     profiles: Annotated[dict[str, Calibration], BeforeValidator(partial(_profiles, Calibration))] = {}
 
@@ -246,12 +264,23 @@ def parse_request(extra_args: object, server: ServerOptions) -> RequestOptions:
 
 
 def parse_denoise_request(extra_args: object, server: DenoiseServerOptions) -> DenoiseOptions:
-    """As `parse_request` for a diffusion model, whose options stand together under the key `lite_attn`."""
+    """As `parse_request` for a diffusion model, whose options stand together under the key `lite_attn`.
+
+    The limit of thresholds is also for the rise that a request brings beside a profile.
+    """
     extra_args = _mapping(extra_args, "extra_args")
     given = _mapping(extra_args.get(CONFIG_KEY), CONFIG_KEY)
     # One that a language model would have understood must not be passed over in silence.
     unknown = {key: value for key, value in extra_args.items() if isinstance(key, str) and key.startswith(PREFIX)}
-    return _parse(DenoiseOptions, {**given, **unknown}, server, f"{CONFIG_KEY}.")
+    prefix = f"{CONFIG_KEY}."
+    options = _parse(DenoiseOptions, {**given, **unknown}, server, prefix)
+    limit = server.max_threshold
+    if limit is not None and options.profile is not None and options.threshold_rise > server.threshold_rise:
+        highest = min(max(server.profiles[options.profile].thresholds.values()) + options.threshold_rise, 0.0)
+        if highest > limit:
+            message = f"expected a rise to at most {limit}, the limit of this server, got one to {highest}"
+            raise LiteParamError(f"{prefix}threshold_rise: {message}", f"{prefix}threshold_rise")
+    return options
 
 
 def _parse(model: type[Options], given: Mapping[Any, Any], server: _ServerOptions, prefix: str) -> Options:
@@ -290,12 +319,19 @@ def _options(
         options = model.model_validate(defaults | named)
     except ValidationError as error:
         raise LiteParamError(_describe(error, prefix, model), f"{prefix}{error.errors()[0]['loc'][0]}") from None
-    if limit is not None and options.threshold > limit:
-        raise LiteParamError(
-            f"{prefix}threshold: expected at most {limit}, the limit of this server, got {options.threshold}",
-            f"{prefix}threshold",
-        )
+    if limit is not None:
+        _check_limit(options, limit, f"{limit}, the limit of this server", prefix)
     return options
+
+
+def _check_limit(options: SkipOptions, limit: float, shown: str, prefix: str) -> None:
+    """Raises LiteParamError if a threshold is, or rises, above a limit, which the error shows as `shown`."""
+    if options.threshold > limit:
+        message = f"expected at most {shown}, got {options.threshold}"
+        raise LiteParamError(f"{prefix}threshold: {message}", f"{prefix}threshold")
+    if options.highest_threshold > limit:
+        message = f"expected a rise to at most {shown}, got one from {options.threshold} to {options.highest_threshold}"
+        raise LiteParamError(f"{prefix}threshold_rise: {message}", f"{prefix}threshold_rise")
 
 
 def parse_request_lenient(extra_args: object, server: ServerOptions) -> RequestOptions:

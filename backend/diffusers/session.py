@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from lite_attention import LiteAttention
 from lite_attention.attention import Threshold
-from lite_attention.backend.denoising import state_at, text_ranges, valid_keys
+from lite_attention.backend.denoising import risen, state_at, text_ranges, valid_keys
 from lite_attention.backend.diffusers import dispatch
 from lite_attention.backend.diffusers.models import FAMILIES, Family, attentions, family_of
 from lite_attention.calibration import Calibration, Target, find
 from lite_attention.costs import Cost, Meter
-from lite_attention.options import Rule, check_heads
+from lite_attention.options import Rule, check_heads, check_threshold_rise
 from lite_attention.report import Report
 from lite_attention.state import SkipState
 
@@ -52,6 +52,7 @@ def enable(
     refresh_interval: int | None = None,
     warmup_steps: int = 0,
     cooldown_steps: int = 0,
+    threshold_rise: float = 0.0,
     dense_layers: Iterable[str] = (),
 ) -> Report:
     """Skip in the long self-attentions of a pipeline from its next generation on.
@@ -69,6 +70,8 @@ def enable(
         refresh_interval: every so many steps all blocks are visited; 0 or None for never.
         warmup_steps: so many steps at the beginning are dense.
         cooldown_steps: so many steps at the end are dense.
+        threshold_rise: by how much, log2 of a weight, thresholds rise evenly over the steps of a generation, 0 to 16:
+            they hold for the first step, the strictest, and reach 0 at most. 0 where thresholds are by step.
         dense_layers: patterns of names of layers (`Report.layers`) that never skip, such as ``*.blocks.0.*``; behind a
             colon some heads of them, ``*.blocks.3.*:0,5``.
 
@@ -82,6 +85,8 @@ def enable(
     """
     given = {"threshold": threshold, "rule": rule, "refresh_interval": refresh_interval}
     given = {name: value for name, value in given.items() if value is not None}
+    if threshold_rise and isinstance(threshold, Mapping):
+        raise ValueError(f"threshold_rise: expected 0 beside thresholds by step, which say it, got {threshold_rise!r}")
     dense = [_parse_dense(pattern) for pattern in _patterns(dense_layers)]
     found: Calibration | None = None
     if calibration is None:
@@ -91,7 +96,7 @@ def enable(
             raise ValueError(f"{name}: expected None beside calibration, which says it, got {value!r}")
         found = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
         make = functools.partial(LiteAttention.from_calibration, found)
-    session = _replace_session(pipeline, _leave_dense(make, dense), warmup_steps, cooldown_steps)
+    session = _replace_session(pipeline, _leave_dense(make, dense), warmup_steps, cooldown_steps, threshold_rise)
     if found is not None:
         found.check_layers(session.report.layers)
     for pattern, _ in dense:
@@ -112,6 +117,7 @@ def calibrate(
     refresh_interval: int = 0,
     warmup_steps: int = 0,
     cooldown_steps: int = 0,
+    threshold_rise: float = 0.0,
 ) -> Calibration:
     """Find a threshold for each layer of a pipeline at which skipping costs what is allowed.
 
@@ -124,6 +130,7 @@ def calibrate(
         target: what each layer's cost is to be, ``error=0.05``, ``dropped=0.01`` or ``sparsity=0.5``; see
             `lite_attention.costs.Cost`.
         inputs: what `run` generates, for the file.
+        threshold_rise: as for `enable`, which needs it as well: what is found holds for the first step.
 
     Raises:
         TypeError, ValueError: as `enable`; or a layer did not skip, or layers have different numbers of tokens.
@@ -142,7 +149,7 @@ def calibrate(
     def make(layer: str) -> LiteAttention:
         return LiteAttention(thresholds[layer], **options)
 
-    with _metered(pipeline, make, warmup_steps, cooldown_steps) as meters:
+    with _metered(pipeline, make, warmup_steps, cooldown_steps, threshold_rise) as meters:
         model = str(pipeline.name_or_path or type(pipeline).__name__)
         return find(costs_at, meters, wanted, model=model, inputs=inputs, **options)
 
@@ -154,6 +161,7 @@ def measure(
     *,
     warmup_steps: int = 0,
     cooldown_steps: int = 0,
+    threshold_rise: float = 0.0,
 ) -> dict[str, Cost]:
     """What skipping costs each layer of a pipeline in what `run` generates, with the thresholds of a calibration.
 
@@ -161,7 +169,7 @@ def measure(
         TypeError, ValueError: as `enable`.
     """
     make = functools.partial(LiteAttention.from_calibration, calibration)
-    with _metered(pipeline, make, warmup_steps, cooldown_steps) as meters:
+    with _metered(pipeline, make, warmup_steps, cooldown_steps, threshold_rise) as meters:
         calibration.check_layers(meters)
         run()
         return {layer: meter.read() for layer, meter in meters.items()}
@@ -169,7 +177,11 @@ def measure(
 
 @contextmanager
 def _metered(
-    pipeline: DiffusionPipeline, make: Callable[[str], LiteAttention], warmup_steps: int, cooldown_steps: int
+    pipeline: DiffusionPipeline,
+    make: Callable[[str], LiteAttention],
+    warmup_steps: int,
+    cooldown_steps: int,
+    threshold_rise: float,
 ) -> Iterator[dict[str, Meter]]:
     """A pipeline whose layers, made by name, are measured."""
     meters: dict[str, Meter] = {}
@@ -179,7 +191,7 @@ def _metered(
         attention.meter = meters[layer]
         return attention
 
-    session = _replace_session(pipeline, metered, warmup_steps, cooldown_steps)
+    session = _replace_session(pipeline, metered, warmup_steps, cooldown_steps, threshold_rise)
     meters.update((layer, Meter()) for layer in session.report.layers)
     session.install()
     try:
@@ -226,7 +238,11 @@ def _leave_dense(
 
 
 def _replace_session(
-    pipeline: DiffusionPipeline, make: Callable[[str], LiteAttention], warmup_steps: int, cooldown_steps: int
+    pipeline: DiffusionPipeline,
+    make: Callable[[str], LiteAttention],
+    warmup_steps: int,
+    cooldown_steps: int,
+    threshold_rise: float,
 ) -> _Session:
     """A session, not installed yet, in place of any that is; for the options see `enable`."""
     for name, steps in (("warmup_steps", warmup_steps), ("cooldown_steps", cooldown_steps)):
@@ -234,8 +250,9 @@ def _replace_session(
             raise TypeError(f"{name}: expected an int, got {type(steps).__name__} {steps!r}")
         if steps < 0:
             raise ValueError(f"{name}: expected 0 or more, got {steps}")
+    rise = check_threshold_rise(threshold_rise)
     disable(pipeline)
-    return _Session(pipeline, make, warmup_steps, cooldown_steps)
+    return _Session(pipeline, make, warmup_steps, cooldown_steps, rise)
 
 
 def disable(pipeline: DiffusionPipeline) -> None:
@@ -262,6 +279,7 @@ class _Layer(ModelHook):
         name: of the transformer and the module.
         stock: the attention backend that the processor named before, None for the default.
         attentions: the state of each branch, and the step at which it was last used.
+        threshold: of the first step, of all branches.
     """
 
     def __init__(self, name: str, transformer: _Transformer) -> None:
@@ -270,6 +288,7 @@ class _Layer(ModelHook):
         self.transformer = transformer
         self.stock: Any = None
         self.attentions: dict[str, tuple[LiteAttention, int]] = {}
+        self.threshold: Any = None
 
     def attend(
         self,
@@ -307,10 +326,18 @@ class _Layer(ModelHook):
         return dispatch_attention_fn(query, key, value, *options, backend=self.stock, parallel_config=parallel_config)
 
     def _attention(self, step: int) -> LiteAttention:
-        """This branch's state, without what is too old."""
-        branch = self.transformer.branch
+        """This branch's state, without what is too old, with the threshold of this step."""
+        branch, session = self.transformer.branch, self.transformer.session
         assert branch is not None
-        return state_at(self.attentions, branch, step, lambda: self.transformer.session.make(self.name))
+        attention = state_at(self.attentions, branch, step, self._make)
+        if session.threshold_rise:
+            attention.threshold = risen(self.threshold, session.threshold_rise, step, session.total_steps)
+        return attention
+
+    def _make(self) -> LiteAttention:
+        attention = self.transformer.session.make(self.name)
+        self.threshold = attention.threshold
+        return attention
 
     def _note(self, step: int, share: Tensor | float | None, state: SkipState | None = None) -> None:
         branch = self.transformer.branch or "no branch"
@@ -451,6 +478,7 @@ class _Session:
         make: makes the attention of a layer, by its name.
         steps: that a generation has begun, by branch, over all transformers.
         total_steps: of the generation.
+        threshold_rise: see `enable`.
     """
 
     def __init__(
@@ -459,11 +487,13 @@ class _Session:
         make: Callable[[str], LiteAttention],
         warmup_steps: int,
         cooldown_steps: int,
+        threshold_rise: float,
     ) -> None:
         self.pipeline = pipeline
         self.make = make
         self.warmup_steps = warmup_steps
         self.cooldown_steps = cooldown_steps
+        self.threshold_rise = threshold_rise
         self.steps: defaultdict[str | None, int] = defaultdict(int)
         self.total_steps = 0
         self.transformers = self._transformers()

@@ -22,7 +22,7 @@ from vllm.logger import init_logger
 from vllm_omni.diffusion.forward_context import get_forward_context, is_forward_context_available
 
 from lite_attention import ops
-from lite_attention.backend.denoising import state_at, text_ranges, valid_keys
+from lite_attention.backend.denoising import risen, state_at, text_ranges, valid_keys
 from lite_attention.backend.omni.models import Family, conditioning, family_of
 from lite_attention.backend.omni.pool import PooledAttention, StatePool
 from lite_attention.calibration import Calibration
@@ -70,10 +70,14 @@ class Request:
     visited: Tensor | float = 0.0
     total: int = 0
 
+    def threshold(self, layer: str) -> float:
+        """The threshold of a layer, by its name, at the first step."""
+        return self.options.threshold if self.profile is None else self.profile.thresholds[layer]
+
     def make(self, pool: StatePool, layer: str) -> PooledAttention:
         """The state of a layer, by its name."""
-        threshold = self.options.threshold if self.profile is None else self.profile.thresholds[layer]
-        return PooledAttention(pool, threshold, rule=self.rule, refresh_interval=self.options.refresh_interval)
+        refresh_interval = self.options.refresh_interval
+        return PooledAttention(pool, self.threshold(layer), rule=self.rule, refresh_interval=refresh_interval)
 
     def check_keys(self, keys: int) -> None:
         """Note a refusal unless attention to so many keys is what the profile was made for."""
@@ -216,19 +220,21 @@ class Execution:
             if all(other.refusal is not None for other in self.requests):
                 raise request.refusal
             return layer.dense(query, key, value, mask)
-        total = self._total_steps() if options.cooldown_steps else None
+        total = self._total_steps() if options.cooldown_steps or options.threshold_rise else None
         reason = None
         if not keys:
             reason = _HIDES_OTHERS
-        elif options.cooldown_steps and total is None:
-            reason = "the pipeline does not say how many steps it takes, which cooldown_steps needs"
-        cooldown = total is not None and call.step >= total - options.cooldown_steps
+        elif total is None and (options.cooldown_steps or options.threshold_rise):
+            reason = "the pipeline does not say how many steps it takes, which cooldown_steps and threshold_rise need"
+        cooldown = options.cooldown_steps and total is not None and call.step >= total - options.cooldown_steps
         if reason is not None or not keys or call.step < options.warmup_steps or cooldown:
             say_once(reason)
             request.count(query, key.shape[1], 0.0)
             return layer.dense(query, key, value, mask)
         make = functools.partial(request.make, self.pool, layer.name)
         attention = state_at(request.states, (call.branch, layer.number), call.step, make)
+        if total is not None:
+            attention.threshold = risen(request.threshold(layer.name), options.threshold_rise, call.step, total)
         ranges = call.text_ranges(key.shape[1], keys)
         out: Tensor = attention(query, key[:, :keys], value[:, :keys], layer.scale, must_visit=ranges)
         request.count(query, keys, attention.sparsity_tensor)

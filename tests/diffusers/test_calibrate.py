@@ -32,6 +32,9 @@ def test_thresholds_hold_in_other_generations(generate: Generate, tmp_path: Path
     # Tiny layers have few blocks, so costs move in steps.
     assert math.isclose(sum(cost.dropped for cost in checked.values()) / len(checked), 0.02, rel_tol=0.4)
 
+    rising = measure(pipeline, lambda: generate(pipeline, seed=3), found, threshold_rise=3)
+    assert sum(cost.sparsity for cost in rising.values()) > sum(cost.sparsity for cost in checked.values())
+
     found.save(tmp_path / "tiny.toml")
     report = enable(pipeline, calibration=tmp_path / "tiny.toml")
     generate(pipeline, seed=3)

@@ -134,6 +134,26 @@ def test_thresholds_by_step_count_the_steps_of_the_generation(generate: Generate
     torch.testing.assert_close(generate(pipeline), stock, rtol=0, atol=ROUNDING)
 
 
+def test_a_threshold_that_rises_equals_thresholds_by_step(generate: Generate, pipeline: Any) -> None:
+    def run(**options: Any) -> tuple[Tensor, Tensor]:
+        report = enable(pipeline, **options)
+        return generate(pipeline), report.sparsity("cond").nan_to_num().sum(1)
+
+    flat, of_flat = run(threshold=-3.0)
+    same, _ = run(threshold=-3.0, threshold_rise=0)
+    assert torch.equal(same, flat)
+    rising, of_rising = run(threshold=-3.0, threshold_rise=2.5)
+    by_step, of_step = run(threshold={step: -3.0 + 0.5 * step for step in range(STEPS)})
+    assert torch.equal(rising, by_step) and torch.equal(of_rising, of_step)
+    assert of_rising[-1] > of_flat[-1]
+    # Never above 0, where it would be as if negative.
+    high, _ = run(threshold=-3.0, threshold_rise=5.0, warmup_steps=2)
+    clamped, _ = run(threshold={0: -3.0, 1: -2.0, 2: -1.0, 3: 0.0}, warmup_steps=2)
+    assert torch.equal(high, clamped)
+    one, _ = run(threshold=[-3.0], threshold_rise=2.5)
+    assert torch.equal(one, rising)
+
+
 def test_layers_and_heads_can_be_left_dense(generate: Generate, pipeline: Any) -> None:
     stock = generate(pipeline)
     report = enable(pipeline, threshold=-1.0)
@@ -250,6 +270,10 @@ def test_options_are_checked_and_leave_the_pipeline_alone(pipeline: Any, generat
         (ValueError, "rule", {"rule": "best"}),
         (ValueError, "warmup_steps: expected 0 or more", {"warmup_steps": -1}),
         (TypeError, "cooldown_steps: expected an int", {"cooldown_steps": 1.5}),
+        (TypeError, "threshold_rise: expected a number, got str", {"threshold_rise": "4"}),
+        (ValueError, "threshold_rise: expected a number from 0 to 16, got -1", {"threshold_rise": -1}),
+        (ValueError, "threshold_rise: expected a number from 0 to 16, got nan", {"threshold_rise": math.nan}),
+        (ValueError, "threshold_rise: expected 0 beside .* by step", {"threshold": {0: -8}, "threshold_rise": 4}),
         (ValueError, "dense_layers: expected patterns that fit layers .*'blocks.99'", {"dense_layers": ["blocks.99"]}),
         (ValueError, "dense_layers: expected numbers of heads", {"dense_layers": ["*:a"]}),
         (TypeError, "dense_layers: expected a list of patterns", {"dense_layers": "*"}),

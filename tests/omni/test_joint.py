@@ -57,14 +57,18 @@ def transformer(name: str, text_first: bool) -> Any:
 
 
 def run(
-    module: Any, steps: int = 6, mask: Tensor | None = None, new_embeddings: bool = False
+    module: Any,
+    steps: int = 6,
+    mask: Tensor | None = None,
+    new_embeddings: bool = False,
+    options: DenoiseOptions = OPTIONS,
 ) -> tuple[Any, list[Tensor]]:
     """The request, and the masks of its states after the last step."""
     from lite_attention.backend.omni.execution import Request, executing
     from lite_attention.backend.omni.pool import StatePool
 
     generator = torch.Generator().manual_seed(0)
-    request = Request("one", OPTIONS, 1)
+    request = Request("one", options, 1)
     text = torch.randn(1, TEXT, 16, generator=generator)
     masks: list[Tensor] = []
     with torch.no_grad(), executing(nn.ModuleDict({"transformer": module}), [request], StatePool()):
@@ -123,3 +127,19 @@ def test_new_embeddings_at_each_step_are_no_branch(monkeypatch: pytest.MonkeyPat
     assert len(masks) == execution.MAX_BRANCHES  # one visit each: nothing was skipped with another's state
     assert float(request.visited) == request.total
     assert set(said) == {"the guidance branch of a call of the transformer is not known"}
+
+
+@pytest.mark.parametrize("name", ["cooldown_steps", "threshold_rise"])
+def test_options_that_need_the_number_of_steps_leave_a_pipeline_dense_that_does_not_say_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = transformer("QwenImageTransformer2DModel", True)
+    from lite_attention.backend.omni import execution
+
+    said: list[str] = []
+    monkeypatch.setattr(execution, "say_once", lambda reason: said.append(reason) if reason else None)
+    request, masks = run(module, options=OPTIONS.model_copy(update={name: 2}))
+    assert float(request.visited) == request.total and not masks
+    assert set(said) == {
+        "the pipeline does not say how many steps it takes, which cooldown_steps and threshold_rise need"
+    }

@@ -22,6 +22,7 @@ ROUNDING = 1e-4 if DTYPE == "float32" else 0.1
 
 TILES, BLOCKS = ceil_div(TOKENS, TILE_Q), ceil_div(TOKENS, BLOCK_K)
 
+RISING = {"threshold": -3.0, "threshold_rise": 2.5}
 OFF = {"enable": False}
 STRONG = {"threshold": -1.0}
 WEAK = {"threshold": -3.0}
@@ -59,7 +60,16 @@ def running(engine: Callable[..., Any], experts: int, stock: Any) -> Iterator[En
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0], ids=["no guidance", "guidance"])
-@pytest.mark.parametrize("off", [OFF, {"threshold": -math.inf}, {"warmup_steps": STEPS}, {"cooldown_steps": STEPS}])
+@pytest.mark.parametrize(
+    "off",
+    [
+        OFF,
+        {"threshold": -math.inf},
+        {"threshold": -math.inf, "threshold_rise": 4},
+        {"warmup_steps": STEPS},
+        {"cooldown_steps": STEPS},
+    ],
+)
 def test_off_is_stock_bit_for_bit(running: Engine, stock: Any, scale: float, off: dict[str, Any]) -> None:
     (output,) = running.run({"guidance_scale": scale, "lite_attn": off})
     assert torch.equal(latents(output), stock[scale])
@@ -85,6 +95,50 @@ def test_skipping_changes_little_and_says_how_much(
     assert output.custom_output["lite_attn"]["blocks_total"] == total
 
 
+def test_a_threshold_that_rises_skips_more_in_late_steps(running: Engine) -> None:
+    def skipped(options: dict[str, Any]) -> float:
+        (output,) = running.run({"lite_attn": options})
+        said = output.custom_output["lite_attn"]
+        return float(said["blocks_total"] - said["blocks_visited"])
+
+    (flat,), (same,) = (running.run({"lite_attn": options}) for options in (WEAK, WEAK | {"threshold_rise": 0}))
+    assert torch.equal(latents(same), latents(flat))
+    # A cool-down leaves the early steps, which rise as they do without it.
+    early = {"cooldown_steps": STEPS // 2}
+    more, more_early = skipped(RISING) - skipped(WEAK), skipped(RISING | early) - skipped(WEAK | early)
+    assert more - more_early > more_early >= 0
+
+
+@looks_inside
+@pytest.mark.parametrize("dense", [{}, {"warmup_steps": 2, "cooldown_steps": 1}], ids=["all steps", "not at the ends"])
+def test_a_threshold_that_rises_equals_thresholds_by_step(
+    running: Engine, monkeypatch: pytest.MonkeyPatch, dense: dict[str, int]
+) -> None:
+    from lite_attention.backend.omni import execution
+
+    (output,) = running.run({"lite_attn": RISING | dense})
+    state_at = execution.state_at
+
+    def at_step(states: Any, key: Any, step: int, make: Callable[[], Any]) -> Any:
+        attention = state_at(states, key, step, make)
+        attention.step = step
+        return attention
+
+    def by_steps(*given: Any) -> Any:
+        asked.add(given)
+        return schedule
+
+    schedule = {step: -3.0 + 0.5 * step for step in range(STEPS)}
+    asked: set[Any] = set()
+    monkeypatch.setattr(execution, "state_at", at_step)
+    monkeypatch.setattr(execution, "risen", by_steps)
+    (by_step,) = running.run({"lite_attn": RISING | dense})
+    skipping = range(dense.get("warmup_steps", 0), STEPS - dense.get("cooldown_steps", 0))
+    assert asked == {(-3.0, 2.5, step, STEPS) for step in skipping}
+    assert torch.equal(latents(output), latents(by_step))
+    assert output.custom_output["lite_attn"] == by_step.custom_output["lite_attn"]
+
+
 def test_requests_one_after_another_do_not_touch_each_other(running: Engine) -> None:
     alone = [latents(*running.run({"lite_attn": options})) for options in (STRONG, WEAK)]
     for _ in range(2):
@@ -105,7 +159,8 @@ def test_rows_of_a_batch_keep_their_options(running: Engine, monkeypatch: pytest
         return inner(self, reqs, **kwargs)
 
     monkeypatch.setattr(DiffusionModelRunner, "_execute_request_list", counted)
-    for pair in ((STRONG, WEAK), (OFF, STRONG), (WEAK, {"threshold": -1.0, "warmup_steps": 2, "refresh_interval": 2})):
+    later = {"threshold": -1.0, "warmup_steps": 2, "refresh_interval": 2}
+    for pair in ((STRONG, WEAK), (OFF, STRONG), (WEAK, later), (RISING, WEAK)):
         jobs = [{"seed": seed, "lite_attn": options} for seed, options in enumerate(pair)]
         alone = [running.run(job)[0] for job in jobs]
         sizes.clear()
@@ -122,6 +177,7 @@ def test_a_bad_option_is_a_client_error_and_harms_nobody(running: Engine) -> Non
         ({"threshold": "hot"}, "lite_attn.threshold"),
         ({"warmup_steps": -1}, "lite_attn.warmup_steps"),
         ({"cooldown_steps": 1.5}, "lite_attn.cooldown_steps"),
+        ({"threshold_rise": -1}, "lite_attn.threshold_rise"),
         ({"banana": 1}, "lite_attn.banana"),
         ("on", "lite_attn: expected a table"),
     ]

@@ -75,6 +75,32 @@ def test_each_layer_skips_by_its_own_threshold(
     assert torch.equal(latents(default), latents(output))
 
 
+def test_the_threshold_of_each_layer_rises(
+    running: Engine, found: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lite_attention.backend.omni import execution
+
+    risen = execution.risen
+    first, last = set(), set()
+
+    def noted(threshold: float, rise: float, step: int, steps: int) -> float:
+        now = risen(threshold, rise, step, steps)
+        if step == 0:
+            first.add(now)
+        if step == STEPS - 1:
+            last.add(now)
+        return now
+
+    (flat,) = running.run(CAREFUL)
+    monkeypatch.setattr(execution, "risen", noted)
+    (rising,) = running.run({"lite_attn": {"profile": "careful", "threshold_rise": 2}})
+    with_two_experts = any(layer.startswith("transformer_2.") for layer in found.thresholds)
+    assert first == {value for layer, value in found.thresholds.items() if not layer.startswith("transformer_2.")}
+    of_last = "transformer_2." if with_two_experts else "transformer."
+    assert last == {min(value + 2, 0.0) for layer, value in found.thresholds.items() if layer.startswith(of_last)}
+    assert rising.custom_output["lite_attn"]["sparsity"] > flat.custom_output["lite_attn"]["sparsity"]
+
+
 def test_a_profile_that_does_not_fit_is_a_client_error_and_harms_nobody(running: Engine) -> None:
     (alone,) = running.run(CAREFUL)
     bad: list[tuple[dict[str, Any], str]] = [

@@ -126,6 +126,11 @@ def test_memory_of_states_is_in_the_metrics(server: Server) -> None:
         ({"lite_attn": {"enable": "yes"}}, "lite_attn.enable"),
         ({"lite_attn": {"refresh_interval": -1}}, "lite_attn.refresh_interval"),
         ({"lite_attn": {"cooldown_steps": "4"}}, "lite_attn.cooldown_steps"),
+        ({"lite_attn": {"threshold_rise": 17}}, "lite_attn.threshold_rise: expected a number from 0 to 16"),
+        (
+            {"lite_attn": {"threshold": -3, "threshold_rise": 2.5}},
+            "lite_attn.threshold_rise: expected a rise to",
+        ),
         ({"lite_attn": {"banana": 1}}, "lite_attn.banana"),
         ({"lite_attn": {"rule": "mass"}}, "lite_attn.rule: unknown"),
         ({"lite_attn": {"profile": "careful"}}, "lite_attn.profile: expected none, there are no profiles"),

@@ -128,7 +128,11 @@ def test_the_rule_is_the_servers() -> None:
 
 
 def test_options_of_language_models_are_not_those_of_diffusion_models() -> None:
-    for table, server in (({"check_share": 0.1}, DenoiseServerOptions), ({"cooldown_steps": 1}, ServerOptions)):
+    for table, server in (
+        ({"check_share": 0.1}, DenoiseServerOptions),
+        ({"cooldown_steps": 1}, ServerOptions),
+        ({"threshold_rise": 1}, ServerOptions),
+    ):
         with pytest.raises(ValueError, match="unknown; expected one of"):
             server.from_additional_config({"lite_attn": table})
 
@@ -335,6 +339,15 @@ def test_options_of_diffusion_stand_together() -> None:
         ({"lite_attn": {"threshold": "hot"}}, r"^lite_attn\.threshold: expected a number"),
         ({"lite_attn": {"threshold": -1}}, r"^lite_attn\.threshold: expected at most -2\.0"),
         ({"lite_attn": {"cooldown_steps": -1}}, r"^lite_attn\.cooldown_steps: expected a whole number"),
+        ({"lite_attn": {"threshold_rise": -1}}, r"^lite_attn\.threshold_rise: expected a number from 0 to 16"),
+        ({"lite_attn": {"threshold_rise": 16.5}}, r"^lite_attn\.threshold_rise: expected a number from 0 to 16"),
+        ({"lite_attn": {"threshold_rise": math.nan}}, r"^lite_attn\.threshold_rise: expected a number from 0 to 16"),
+        ({"lite_attn": {"threshold_rise": True}}, r"^lite_attn\.threshold_rise: expected a number from 0 to 16"),
+        ({"lite_attn": {"threshold": -1, "threshold_rise": 4}}, r"^lite_attn\.threshold: expected at most -2\.0"),
+        (
+            {"lite_attn": {"threshold": -5, "threshold_rise": 4}},
+            r"^lite_attn\.threshold_rise: expected a rise to at most -2\.0, .* server, got one from -5\.0 to -1\.0",
+        ),
         ({"lite_attn": {"banana": 1}}, r"^lite_attn\.banana: unknown; expected one of .*lite_attn\.cooldown_steps"),
         ({"lite_attn": {5: 1}}, r"^lite_attn\.5: unknown|^lite_attn\.: unknown"),
         ({"lite_attn": [1]}, r"^lite_attn: expected a table of options, got \[1\]"),
@@ -358,6 +371,49 @@ def test_only_our_error_whatever_comes_to_diffusion(value: Any) -> None:
         assert options.threshold <= 0
 
 
-def test_cooldown_is_unknown_to_language_models() -> None:
-    with pytest.raises(LiteParamError, match="^lite_attn_cooldown_steps: unknown"):
-        parse_request({"lite_attn_cooldown_steps": 1}, SERVER)
+@pytest.mark.parametrize("name", ["cooldown_steps", "threshold_rise"])
+def test_options_of_denoising_are_unknown_to_language_models(name: str) -> None:
+    with pytest.raises(LiteParamError, match=f"^lite_attn_{name}: unknown"):
+        parse_request({f"lite_attn_{name}": 1}, SERVER)
+
+
+thresholds = st.floats(-30, 0) | st.just(-math.inf)
+rises = st.floats(0, 16)
+
+
+@given(thresholds, rises, thresholds)
+def test_a_threshold_rises_no_higher_than_the_limit(threshold: float, rise: float, limit: float) -> None:
+    asked = {"lite_attn": {"threshold": threshold, "threshold_rise": rise}}
+    server = DenoiseServerOptions(max_threshold=limit)
+    highest = min(threshold + rise, 0.0)
+    try:
+        options = parse_denoise_request(asked, server)
+    except LiteParamError as error:
+        assert highest > limit
+        assert error.parameter == ("lite_attn.threshold" if threshold > limit else "lite_attn.threshold_rise")
+    else:
+        assert options.highest_threshold == highest <= limit
+
+
+def test_a_rise_of_the_server_is_limited_with_the_threshold_that_a_request_brings() -> None:
+    table = {"threshold": -8, "threshold_rise": 4, "max_threshold": -4}
+    server = DenoiseServerOptions.from_additional_config({"lite_attn": table})
+    assert parse_denoise_request({}, server).threshold_rise == 4
+    assert parse_denoise_request({"lite_attn": {"threshold": -4, "threshold_rise": 0}}, server).threshold_rise == 0
+    with pytest.raises(LiteParamError, match=r"^lite_attn\.threshold_rise: .* got one from -7\.0 to -3\.0"):
+        parse_denoise_request({"lite_attn": {"threshold": -7}}, server)
+    message = r"additional_config\.lite_attn\.threshold_rise: expected a rise to at most .*max_threshold = -4\.0, got"
+    with pytest.raises(ValueError, match=message):
+        DenoiseServerOptions.from_additional_config({"lite_attn": table | {"threshold_rise": 4.5}})
+
+
+def test_a_rise_beside_a_profile_is_limited_unless_the_server_gives_it() -> None:
+    profiles = {"careful": make_denoise_profile({"a": -9, "b": -6})}
+    table = {"profiles": profiles, "profile": "careful", "max_threshold": -4, "threshold_rise": 1}
+    server = DenoiseServerOptions.from_additional_config({"lite_attn": table})
+    for rise in (0, 1, 2):
+        assert parse_denoise_request({"lite_attn": {"threshold_rise": rise}}, server).threshold_rise == rise
+    with pytest.raises(LiteParamError, match=r"^lite_attn\.threshold_rise: expected a rise to at most -4.*to -3\.5"):
+        parse_denoise_request({"lite_attn": {"threshold_rise": 2.5}}, server)
+    steep = DenoiseServerOptions.from_additional_config({"lite_attn": table | {"threshold_rise": 3}})
+    assert parse_denoise_request({}, steep).threshold_rise == 3
