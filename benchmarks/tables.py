@@ -187,6 +187,35 @@ def forward_sparse(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def forward_skewed(result: dict[str, Any]) -> str:
+    lines = [
+        "The same where some rows of the mask keep many times what others do (log-normal, the logarithm's deviation is "
+        f"1), {result['setup']['dtype']} on one {result['machine']['processor']} (`benchmarks/forward_time.py`):",
+        "",
+        "| head size | tokens × heads | blocks skipped | speed | of the ideal | against FlashAttention 3 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        figures = [_times(row["against_dense"]), f"{row['of_ideal']:.0%}", _times(row["against_fa3"])]
+        lines.append(f"| {_shape(row)} | {row['skipped']:.0%} | " + " | ".join(figures) + " |")
+    return "\n".join(lines)
+
+
+def forward_summaries(result: dict[str, Any]) -> str:
+    lines = [
+        "What it costs that summaries stand in for skipped blocks, as a share of the time of dense attention "
+        f"({result['setup']['dtype']} on one {result['machine']['processor']}, `benchmarks/forward_time.py`):",
+        "",
+        "| head size | tokens × heads | blocks skipped | `mass_summaries`, ms | of dense, more than `mass` |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        if row["call"].endswith("mass_summaries"):
+            figures = [f"{row['milliseconds']:.2f}", f"{row['share_of_dense']:.1%}"]
+            lines.append(f"| {_shape(row)} | {row['share']:.0%} | " + " | ".join(figures) + " |")
+    return "\n".join(lines)
+
+
 def wan_step_time(result: dict[str, Any]) -> str:
     setup, versions = result["setup"], result["versions"]
     lines = [
@@ -240,6 +269,8 @@ RESULTS: dict[Callable[..., str], tuple[str, ...]] = {
     engine_time: ("engine_time",),
     forward_dense: ("forward_time",),
     forward_sparse: ("forward_time",),
+    forward_skewed: ("forward_skewed",),
+    forward_summaries: ("forward_summaries",),
     wan_step_time: ("wan_step_time",),
 }
 
