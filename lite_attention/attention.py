@@ -270,7 +270,9 @@ class LiteAttention(nn.Module):
             state.refresh(self._checked_heads(query.shape[2]))
         self._steps += 1
         pairs = state.mask.shape[1] * state.mask.shape[2] * state.blocks
-        visited = state.pairs_to_visit(must_visit, must_skip).masked_fill(thresholds == -math.inf, pairs)
+        visited = state.pairs_to_visit(must_visit, must_skip)
+        if isinstance(threshold, Tensor):
+            visited = visited.masked_fill(thresholds == -math.inf, pairs)
         of_batch = pairs * len(visited)
         self._sparsity = 1.0 - visited.sum(dtype=torch.float64) / of_batch if of_batch else 0.0
         before = state.mask.clone() if self.meter is not None and self.rule == "mass_summaries" else None

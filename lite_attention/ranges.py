@@ -32,12 +32,21 @@ def unpack_bits(words: Tensor, blocks: int) -> Tensor:
     return ((words.unsqueeze(-1) >> positions) & 1).flatten(-2)[..., :blocks].bool()
 
 
-def count_bits(words: Tensor) -> Tensor:
-    """Number of bits that are 1 in each row of ``words``: int32 (..., words) to int64 (...)."""
-    octets = words.reshape(-1).view(torch.uint8).view(*words.shape[:-1], words.shape[-1] * 4)
-    octets = octets - ((octets >> 1) & 0x55)
-    octets = (octets & 0x33) + ((octets >> 2) & 0x33)
-    return ((octets + (octets >> 4)) & 0x0F).sum(-1)
+def octet_counts(device: torch.device | str | None = None) -> Tensor:
+    """Number of bits that are 1 in each octet from 0 to 255, uint8 (256,)."""
+    octets = torch.arange(256, dtype=torch.uint8, device=device)
+    return sum(((octets >> bit) & 1 for bit in range(8)), torch.zeros_like(octets))
+
+
+def count_bits(words: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Number of bits that are 1 in each row of ``words``: int32 (..., words) to int64 (...).
+
+    ``counts`` are `octet_counts` on its device: whoever counts again and again keeps them.
+    """
+    if counts is None:
+        counts = octet_counts(words.device)
+    octets = words.reshape(-1).view(torch.uint8)
+    return counts.index_select(0, octets.int()).view(*words.shape[:-1], words.shape[-1] * 4).sum(-1)
 
 
 def all_blocks(blocks: int, device: torch.device | str | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from lite_attention.ranges import (
     block_ranges,
     check_ranges,
     count_bits,
+    octet_counts,
     pack_bits,
     touched_blocks,
     unpack_bits,
@@ -45,6 +46,7 @@ class SkipState:
         self.rule = check_rule(rule)
         tiles = ceil_div(tokens_q, TILE_Q)
         self._fresh_words = all_blocks(self.blocks, device)
+        self._octet_counts = octet_counts(device)
         self.mask = self._fresh_words.repeat(slots, heads, tiles, 1)
         self.lse: Tensor | None = None
         if needs_lse(self.rule):
@@ -94,7 +96,7 @@ class SkipState:
         """Share of (tile, block) pairs that are not visited, 0 to 1: of one slot, or of all."""
         mask = self.mask if slot is None else self.mask[slot]
         pairs = mask[..., 0].numel() * self.blocks if self.blocks else 0
-        return 1.0 - int(count_bits(mask).sum()) / pairs if pairs else 0.0
+        return 1.0 - int(count_bits(mask, self._octet_counts).sum()) / pairs if pairs else 0.0
 
     def memory_bytes(self) -> int:
         """Bytes of the mask and, where the rule needs it, of the log-sum-exp."""
@@ -118,5 +120,6 @@ class SkipState:
         """
         allowed = self._fresh_words if must_skip is None else self._fresh_words & ~must_skip
         words = (self.mask if must_visit is None else self.mask | must_visit) & allowed
-        pairs = count_bits(words)
-        return torch.where(pairs > 0, pairs, count_bits(allowed)).sum((1, 2))
+        pairs = count_bits(words, self._octet_counts)
+        everything = self.blocks if must_skip is None else count_bits(allowed, self._octet_counts)
+        return torch.where(pairs > 0, pairs, everything).sum((1, 2))
