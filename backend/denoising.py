@@ -22,14 +22,16 @@ Layer = TypeVar("Layer", bound=LiteAttention)
 Thresholds = TypeVar("Thresholds", float, Tensor)
 
 
-def risen(threshold: Thresholds, rise: float, step: int, steps: int) -> Thresholds:
+def risen(threshold: Thresholds, rise: float, step: int, steps: int, relative: bool = False) -> Thresholds:
     """The threshold, or float32 (batch,), of a step, counted from 0, of a generation of so many.
 
-    It rises evenly, from ``threshold`` at the first step to ``threshold + rise`` at the last one, but not above 0.
-    -inf stays -inf.
+    It rises evenly, from ``threshold`` at the first step to ``threshold + rise`` at the last one, but not above 0,
+    unless it is ``relative``: then `LiteAttention` sees to that. -inf stays -inf.
     """
     last = max(steps - 1, 1)
     now = threshold + rise * (min(step, last) / last)
+    if relative:
+        return now
     return now.clamp(max=0.0) if isinstance(now, Tensor) else min(now, 0.0)
 
 

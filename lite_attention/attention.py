@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,14 @@ from lite_attention.options import (
     Rule,
     check_heads,
     check_refresh_interval,
+    check_relative,
     check_rule,
     check_schedule,
     normalize_threshold,
 )
 from lite_attention.ranges import Range, check_ranges, forced_words, from_flat_list
 from lite_attention.state import SkipState
-from lite_attention.tiles import TILE_Q
+from lite_attention.tiles import BLOCK_K, TILE_Q, ceil_div
 
 if TYPE_CHECKING:
     from lite_attention.calibration import Calibration
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 Threshold = float | Tensor | Sequence[float] | Mapping[int, float]
 Ranges = Iterable[Range] | None
+Numbers = TypeVar("Numbers", float, Tensor)
 
 
 class LiteAttention(nn.Module):
@@ -50,6 +52,7 @@ class LiteAttention(nn.Module):
     Attributes:
         threshold: log2 of a weight, at most 0 (see `lite_attention.reference.forward`), -inf for no skipping;
             or float32 (batch,); or by step, see `set_threshold`; None until set.
+        relative: whether it is relative to 1 / blocks, the share of each block of keys in a uniform softmax.
         step: of the next call, counted from the last reset. Set it where a model leaves calls out.
         dense_heads: query heads that visit everything.
         enable_skipping: whether calls skip; where not, attention is dense and the state stays as it is.
@@ -61,6 +64,7 @@ class LiteAttention(nn.Module):
         threshold: Threshold | None = -10.0,
         *,
         rule: Rule = "running_max",
+        relative: bool = False,
         refresh_interval: int = 0,
         dense_heads: Iterable[int] = (),
         enable_skipping: bool = True,
@@ -74,6 +78,9 @@ class LiteAttention(nn.Module):
             threshold: as in `set_threshold`; None to set it later.
             rule: when a block is cleared, ``running_max`` or ``mass``, and ``mass_summaries``, which has summaries
                 stand in for blocks that are skipped; see `lite_attention.reference.forward`.
+            relative: whether thresholds are relative to 1 / blocks, with blocks of 64 keys, so that they mean about
+                the same at every length: ``threshold - log2(blocks)`` is used, but at most 0. -1 is where to begin,
+                -8.6 at 12,544 keys. Not with running_max.
             refresh_interval: every so many steps all blocks are visited; 0 for never.
             dense_heads: query heads that are to visit everything.
             enable_skipping: as in `enable_skip_optimization`.
@@ -91,6 +98,7 @@ class LiteAttention(nn.Module):
         if threshold is not None:
             self.set_threshold(threshold)
         self.rule = check_rule(rule)
+        self.relative = check_relative(relative, self.rule)
         self.refresh_interval = check_refresh_interval(refresh_interval)
         self.dense_heads = check_heads(dense_heads)
         self.step = 0
@@ -239,7 +247,8 @@ class LiteAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """Options, for ``print``."""
-        return f"threshold={self.threshold}, rule={self.rule!r}, refresh_interval={self.refresh_interval}"
+        relative = ", relative=True" if self.relative else ""
+        return f"threshold={self.threshold}, rule={self.rule!r}{relative}, refresh_interval={self.refresh_interval}"
 
     def _attend(
         self,
@@ -262,7 +271,7 @@ class LiteAttention(nn.Module):
             raise ValueError(
                 f"query, key: expected {self._calibration.shape}, as the calibration was made for, got {shape}"
             )
-        thresholds = self._thresholds(threshold, query)
+        thresholds = self._thresholds(threshold, query, key)
         state = self._state_for(query, key)
         if self.refresh_interval and self._steps % self.refresh_interval == 0:
             state.refresh()
@@ -306,15 +315,17 @@ class LiteAttention(nn.Module):
         begun = [threshold for step, threshold in self.threshold.items() if step <= self.step]
         return begun[-1] if begun else -math.inf
 
-    def _thresholds(self, threshold: float | Tensor | None, query: Tensor) -> Tensor:
-        """One for each sequence of the batch."""
-        batch = query.shape[0]
+    def _thresholds(self, threshold: float | Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+        """One for each sequence of the batch, relative to 1."""
+        batch, keys = query.shape[0], key.shape[1]
         if not isinstance(threshold, Tensor):
-            return torch.full((batch,), threshold or 0.0, dtype=torch.float32, device=query.device)
+            number = threshold or 0.0
+            number = from_relative(number, keys) if self.relative else number
+            return torch.full((batch,), number, dtype=torch.float32, device=query.device)
         if len(threshold) != batch:
             raise ValueError(f"threshold: expected one for each of {batch} sequences, got {len(threshold)}")
         self.threshold = threshold.to(query.device)
-        return self.threshold
+        return from_relative(self.threshold, keys) if self.relative else self.threshold
 
     def _checked_heads(self, heads: int) -> list[int]:
         if self.dense_heads[-1] >= heads:
@@ -366,6 +377,7 @@ class SeqParallelLiteAttention(nn.Module):
         threshold: Threshold | None = -10.0,
         *,
         rule: Rule = "running_max",
+        relative: bool = False,
         refresh_interval: int = 0,
         dense_heads: Iterable[int] = (),
         enable_skipping: bool = True,
@@ -373,7 +385,10 @@ class SeqParallelLiteAttention(nn.Module):
         reverse_skip_list: bool = True,
         use_int8: bool = False,
     ) -> None:
-        """Layers for ``num_nodes`` splits; the other arguments and errors as in `LiteAttention`."""
+        """Layers for ``num_nodes`` splits; the other arguments and errors as in `LiteAttention`.
+
+        Shares are of a split's own softmax, so ``relative`` counts the blocks of its keys alone.
+        """
         super().__init__()
         if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1:
             raise ValueError(f"num_nodes: expected an int of 1 or more, got {num_nodes!r}")
@@ -383,6 +398,7 @@ class SeqParallelLiteAttention(nn.Module):
             LiteAttention(
                 threshold,
                 rule=rule,
+                relative=relative,
                 refresh_interval=refresh_interval,
                 dense_heads=heads,
                 enable_skipping=enable_skipping,
@@ -497,6 +513,14 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     for out, weight in zip(outs, weights, strict=True):
         merged += torch.where(weight == 0, 0.0, weight * out.to(dtype))
     return merged.to(outs[0].dtype), total
+
+
+def from_relative(threshold: Numbers, keys: int) -> Numbers:
+    """A threshold, or float32 (batch,), that is relative to 1 / blocks of so many keys, relative to 1; at most 0."""
+    uniform = -math.log2(max(ceil_div(keys, BLOCK_K), 1))
+    if isinstance(threshold, Tensor):
+        return (threshold.double() + uniform).clamp(max=0.0).float()
+    return min(threshold + uniform, 0.0)
 
 
 def _state_key(query: Tensor, key: Tensor) -> tuple[object, ...]:

@@ -17,6 +17,10 @@ MAX_THRESHOLD_RISE = 16.0
 """By how much, log2 of a weight, a threshold may rise over the steps: more than lies between any two in use."""
 
 
+RELATIVE_THRESHOLD = -1.0
+"""Where to begin with thresholds that are relative to 1 / blocks."""
+
+
 def needs_lse(rule: Rule) -> bool:
     """Whether the rule compares with the log-sum-exp of the step before, which the state then keeps."""
     return rule != "running_max"
@@ -98,6 +102,22 @@ def check_rule(value: object, name: str = "rule") -> Rule:
     if value not in get_args(Rule):
         raise ValueError(f"{name}: expected {RULES_SHOWN}, got {value!r}")
     return cast(Rule, value)
+
+
+def check_relative(value: object, rule: Rule, name: str = "relative") -> bool:
+    """Return ``value`` if thresholds of the rule may be relative to 1 / blocks, or are not to be.
+
+    Raises:
+        TypeError: ``value`` is not a bool.
+        ValueError: it is True and the rule does not compare shares of a softmax.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__} {value!r}")
+    if value and not needs_lse(rule):
+        raise ValueError(
+            f"{name}: expected False with the rule {rule!r}, which compares no shares of a softmax, got True"
+        )
+    return value
 
 
 def check_refresh_interval(value: object, name: str = "refresh_interval") -> int:

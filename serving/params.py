@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, Final, Self, TypeVar, cast, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from lite_attention.calibration import Calibration, DecodeCalibration
-from lite_attention.options import MAX_THRESHOLD_RISE, RULES_SHOWN, Rule
+from lite_attention.options import MAX_THRESHOLD_RISE, RELATIVE_THRESHOLD, RULES_SHOWN, Rule, check_relative
 
 PREFIX: Final = "lite_attn_"
 CONFIG_KEY: Final = "lite_attn"
@@ -154,7 +154,8 @@ class DenoiseOptions(SkipOptions):
     """How one generation of a diffusion model skips; steps are denoising steps.
 
     The last `cooldown_steps` are dense, as the first `warmup_steps` are. `threshold` is that of the first step, the
-    strictest; it rises evenly over the steps, by `threshold_rise` up to the last one, but never above 0.
+    strictest; it rises evenly over the steps, by `threshold_rise` up to the last one, but never above 0 (relative to 1,
+    also on servers whose thresholds are relative to 1 / blocks).
     """
 
     cooldown_steps: Steps = 0
@@ -162,7 +163,7 @@ class DenoiseOptions(SkipOptions):
 
     @property
     def highest_threshold(self) -> float:
-        """See `SkipOptions`."""
+        """See `SkipOptions`; as a limit counts it, at most 0."""
         return min(self.threshold + self.threshold_rise, 0.0)
 
 
@@ -232,14 +233,24 @@ class ServerOptions(_ServerOptions):
 class DenoiseServerOptions(_ServerOptions, DenoiseOptions):
     """Of a server of a diffusion model.
 
-    All requests skip by the same `rule`, which decides what memory their states take.
+    All requests skip by the same `rule`, which decides what memory their states take. Where `relative`, all thresholds,
+    `max_threshold` too, are relative to 1 / blocks of keys (see `LiteAttention`), and `threshold` is -1 by default.
     """
 
     threshold: Threshold = -8.0
     rule: Annotated[Rule, BeforeValidator(_rule)] = "running_max"
+    relative: Switch = False
     profiles: Annotated[dict[str, Calibration], BeforeValidator(partial(_profiles, Calibration))] = {}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_threshold(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return {"threshold": RELATIVE_THRESHOLD} | given if given.get("relative") else given
+
     def check(self, prefix: str) -> None:
+        check_relative(self.relative, self.rule, f"{prefix}relative")
+        if self.relative and self.profiles:
+            raise ValueError(f"{prefix}relative: expected False beside {prefix}profiles, which are absolute, got True")
         super().check(prefix)
         for name, profile in self.profiles.items():
             if profile.rule != self.rule:

@@ -30,7 +30,7 @@ from lite_attention.backend.diffusers import dispatch
 from lite_attention.backend.diffusers.models import FAMILIES, Family, attentions, family_of
 from lite_attention.calibration import Calibration, Target, find
 from lite_attention.costs import Cost, Meter
-from lite_attention.options import Rule, check_heads, check_threshold_rise
+from lite_attention.options import RELATIVE_THRESHOLD, Rule, check_heads, check_threshold_rise
 from lite_attention.report import Report
 from lite_attention.state import SkipState
 
@@ -49,6 +49,7 @@ def enable(
     *,
     calibration: Calibration | str | Path | None = None,
     rule: Rule | None = None,
+    relative: bool = False,
     refresh_interval: int | None = None,
     warmup_steps: int = 0,
     cooldown_steps: int = 0,
@@ -63,15 +64,19 @@ def enable(
     Args:
         pipeline: with a transformer of `lite_attention.backend.diffusers.models.FAMILIES`, or two of them.
         threshold: log2 of a weight, or one for each row of a batch, or by the denoising step from which on it holds,
-            ``{0: -12, 10: -8}``; see `LiteAttention.set_threshold`. None for -8.
+            ``{0: -12, 10: -8}``; see `LiteAttention.set_threshold`. None for -8, for -1 where
+            relative.
         calibration: what `calibrate` found, or its file, instead of threshold, rule and refresh_interval. A generation
             of another size than it was made for raises ValueError.
         rule: when a block is cleared; see `lite_attention.reference.forward`. None for running_max.
+        relative: whether thresholds are relative to 1 / blocks of keys, see `LiteAttention`. Not with running_max, and
+            not beside calibration, whose thresholds are for one length.
         refresh_interval: every so many steps all blocks are visited; 0 or None for never.
         warmup_steps: so many steps at the beginning are dense.
         cooldown_steps: so many steps at the end are dense.
         threshold_rise: by how much, log2 of a weight, thresholds rise evenly over the steps of a generation, 0 to 16:
-            they hold for the first step, the strictest, and reach 0 at most. 0 where thresholds are by step.
+            they hold for the first step, the strictest, and reach 0 at most, relative to 1 also where ``relative``. 0
+            where thresholds are by step.
         dense_layers: patterns of names of layers (`Report.layers`) that never skip, such as ``*.blocks.0.*``; behind a
             colon some heads of them, ``*.blocks.3.*:0,5``.
 
@@ -85,15 +90,18 @@ def enable(
     """
     given = {"threshold": threshold, "rule": rule, "refresh_interval": refresh_interval}
     given = {name: value for name, value in given.items() if value is not None}
+    if relative:
+        given["relative"] = relative
     if threshold_rise and isinstance(threshold, Mapping):
         raise ValueError(f"threshold_rise: expected 0 beside thresholds by step, which say it, got {threshold_rise!r}")
     dense = [_parse_dense(pattern) for pattern in _patterns(dense_layers)]
     found: Calibration | None = None
     if calibration is None:
-        make = _maker({"threshold": -8.0} | given)
+        make = _maker({"threshold": RELATIVE_THRESHOLD if relative else -8.0} | given)
     else:
         for name, value in given.items():
-            raise ValueError(f"{name}: expected None beside calibration, which says it, got {value!r}")
+            without = False if name == "relative" else None
+            raise ValueError(f"{name}: expected {without} beside calibration, which says it, got {value!r}")
         found = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
         make = functools.partial(LiteAttention.from_calibration, found)
     session = _replace_session(pipeline, _leave_dense(make, dense), warmup_steps, cooldown_steps, threshold_rise)
@@ -331,7 +339,8 @@ class _Layer(ModelHook):
         assert branch is not None
         attention = state_at(self.attentions, branch, step, self._make)
         if session.threshold_rise:
-            attention.threshold = risen(self.threshold, session.threshold_rise, step, session.total_steps)
+            rise, steps = session.threshold_rise, session.total_steps
+            attention.threshold = risen(self.threshold, rise, step, steps, attention.relative)
         return attention
 
     def _make(self) -> LiteAttention:

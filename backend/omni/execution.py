@@ -54,6 +54,7 @@ class Request:
     Attributes:
         rows: how many rows of a batch are its own.
         rule: by which its layers skip.
+        relative: whether its thresholds are relative to 1 / blocks.
         profile: thresholds of the layers; None where the options' is that of all.
         refusal: why it cannot be served, found out while it was executed.
         states: by branch and layer, with the step at which each was last used.
@@ -64,6 +65,7 @@ class Request:
     options: DenoiseOptions
     rows: int
     rule: Rule = "running_max"
+    relative: bool = False
     profile: Calibration | None = None
     refusal: LiteParamError | None = None
     states: dict[tuple[int, int], tuple[PooledAttention, int]] = field(default_factory=dict)
@@ -76,8 +78,13 @@ class Request:
 
     def make(self, pool: StatePool, layer: str) -> PooledAttention:
         """The state of a layer, by its name."""
-        refresh_interval = self.options.refresh_interval
-        return PooledAttention(pool, self.threshold(layer), rule=self.rule, refresh_interval=refresh_interval)
+        return PooledAttention(
+            pool,
+            self.threshold(layer),
+            rule=self.rule,
+            relative=self.relative,
+            refresh_interval=self.options.refresh_interval,
+        )
 
     def check_keys(self, keys: int) -> None:
         """Note a refusal unless attention to so many keys is what the profile was made for."""
@@ -234,7 +241,8 @@ class Execution:
         make = functools.partial(request.make, self.pool, layer.name)
         attention = state_at(request.states, (call.branch, layer.number), call.step, make)
         if total is not None:
-            attention.threshold = risen(request.threshold(layer.name), options.threshold_rise, call.step, total)
+            first, rise = request.threshold(layer.name), options.threshold_rise
+            attention.threshold = risen(first, rise, call.step, total, request.relative)
         ranges = call.text_ranges(key.shape[1], keys)
         out: Tensor = attention(query, key[:, :keys], value[:, :keys], layer.scale, must_visit=ranges)
         request.count(query, keys, attention.sparsity_tensor)

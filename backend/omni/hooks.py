@@ -133,8 +133,14 @@ def _parse(request: Any, server: DenoiseServerOptions) -> Request:
     params = request.sampling_params
     dummy = request.is_dummy_run_request_id(request.request_id)
     options = _DUMMY if dummy else parse_denoise_request(params.extra_args, server)
-    profile = None if options.profile is None else server.profiles[options.profile]
-    return Request(request.request_id, options, params.num_outputs_per_prompt or 1, server.rule, profile)
+    return Request(
+        request.request_id,
+        options,
+        rows=params.num_outputs_per_prompt or 1,
+        rule=server.rule,
+        relative=server.relative,
+        profile=None if options.profile is None else server.profiles[options.profile],
+    )
 
 
 def _refusal(error: LiteParamError) -> Any:

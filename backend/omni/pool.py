@@ -102,9 +102,15 @@ class PooledAttention(LiteAttention):
     """`LiteAttention` whose state lies in the memory of a pool until it is released."""
 
     def __init__(
-        self, pool: StatePool, threshold: float, *, rule: Rule = "running_max", refresh_interval: int = 0
+        self,
+        pool: StatePool,
+        threshold: float,
+        *,
+        rule: Rule = "running_max",
+        relative: bool = False,
+        refresh_interval: int = 0,
     ) -> None:
-        super().__init__(threshold, rule=rule, refresh_interval=refresh_interval)
+        super().__init__(threshold, rule=rule, relative=relative, refresh_interval=refresh_interval)
         self._pool = pool
 
     def release(self) -> None:

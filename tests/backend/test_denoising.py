@@ -30,6 +30,13 @@ def test_a_threshold_rises_from_the_first_step_to_the_last(threshold: float, ris
         assert after - before == pytest.approx(rise / (steps - 1), abs=1e-9)
 
 
+@given(thresholds, rises, lengths)
+def test_a_relative_threshold_rises_past_zero(threshold: float, rise: float, steps: int) -> None:
+    schedule = [risen(threshold, rise, step, steps, relative=True) for step in range(steps)]
+    assert [min(now, 0.0) for now in schedule] == [risen(threshold, rise, step, steps) for step in range(steps)]
+    assert schedule[-1] == threshold + rise
+
+
 @given(thresholds, st.integers(0, 60), lengths)
 def test_without_a_rise_it_stays_as_it_is(threshold: float, step: int, steps: int) -> None:
     assert risen(threshold, 0.0, step, steps) == threshold

@@ -47,6 +47,8 @@ def test_thresholds_hold_in_other_generations(generate: Generate, tmp_path: Path
 def test_a_calibration_is_not_mixed_with_other_options(pipeline: Any) -> None:
     with pytest.raises(ValueError, match=r"threshold: expected None beside calibration, which says it, got -3"):
         enable(pipeline, -3, calibration="some.toml")
+    with pytest.raises(ValueError, match=r"relative: expected False beside calibration, which says it, got True"):
+        enable(pipeline, relative=True, calibration="some.toml")
     with pytest.raises(ValueError, match="target: expected one of"):
         calibrate(pipeline, lambda: None, "speed=2", inputs="none")
 

@@ -154,6 +154,28 @@ def test_a_threshold_that_rises_equals_thresholds_by_step(generate: Generate, pi
     assert torch.equal(one, rising)
 
 
+@pytest.mark.parametrize("rule", ["mass", "mass_summaries"])
+def test_relative_thresholds_count_from_the_number_of_blocks(generate: Generate, pipeline: Any, rule: str) -> None:
+    def run(**options: Any) -> Tensor:
+        report = enable(pipeline, rule=rule, **options)
+        output = generate(pipeline)
+        skipped.append(report.mean_sparsity)
+        return output
+
+    skipped: list[float] = []
+    uniform = -math.log2(6)  # blocks of this video
+    assert torch.equal(run(threshold=-0.5, relative=True), run(threshold=-0.5 + uniform))
+    assert torch.equal(run(relative=True), run(threshold=-1 + uniform))
+    # A rise is added first: it goes past 1 / blocks, and reaches 1 in the last step.
+    risen = [min(-1 + 4 * (step / (STEPS - 1)) + uniform, 0.0) for step in range(STEPS)]
+    assert risen[-1] == 0 > risen[-2] > uniform
+    rising = run(threshold=-1, threshold_rise=4, relative=True)
+    assert torch.equal(rising, run(threshold=dict(enumerate(risen))))
+    rows = run(threshold=[-1], threshold_rise=4, relative=True)
+    assert torch.equal(rows, rising)
+    assert skipped[0] == skipped[1] > 0 and skipped[4] == skipped[5] > skipped[2]
+
+
 def test_layers_and_heads_can_be_left_dense(generate: Generate, pipeline: Any) -> None:
     stock = generate(pipeline)
     report = enable(pipeline, threshold=-1.0)
@@ -268,6 +290,8 @@ def test_options_are_checked_and_leave_the_pipeline_alone(pipeline: Any, generat
         (ValueError, "threshold", {"threshold": math.nan}),
         (TypeError, "threshold", {"threshold": "hot"}),
         (ValueError, "rule", {"rule": "best"}),
+        (ValueError, "relative: expected False with the rule 'running_max'", {"relative": True}),
+        (TypeError, "relative: expected a bool, got int 1", {"rule": "mass", "relative": 1}),
         (ValueError, "warmup_steps: expected 0 or more", {"warmup_steps": -1}),
         (TypeError, "cooldown_steps: expected an int", {"cooldown_steps": 1.5}),
         (TypeError, "threshold_rise: expected a number, got str", {"threshold_rise": "4"}),

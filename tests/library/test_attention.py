@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lite_attention import LiteAttention, SeqParallelLiteAttention, attention, merge_attention, ops, reference
+from lite_attention.attention import Threshold, from_relative
 from lite_attention.ranges import all_blocks, unpack_bits
 from lite_attention.tiles import BLOCK_K
 from tests.library.forward_cases import ALL_RULES
@@ -232,6 +233,45 @@ def test_dense_heads_visit_everything_and_the_others_do_not_notice(rule: referen
         attn(*make_inputs(heads=2))
 
 
+@given(st.floats(-30, 8) | st.just(-math.inf), st.integers(0, 200_000))
+def test_relative_thresholds_count_from_the_share_of_a_block_in_a_uniform_softmax(threshold: float, keys: int) -> None:
+    blocks = max(1, math.ceil(keys / BLOCK_K))
+    number = from_relative(threshold, keys)
+    assert 2**number == pytest.approx(min(2**threshold / blocks, 1.0), rel=1e-9, abs=0.0)
+    rows = from_relative(torch.tensor([threshold, -math.inf]), keys)
+    assert rows.dtype == torch.float32
+    assert rows.tolist() == pytest.approx([number, -math.inf], rel=1e-6, abs=1e-6)
+    assert from_relative(threshold, 2 * BLOCK_K * blocks) == pytest.approx(min(threshold - math.log2(2 * blocks), 0.0))
+
+
+def test_relative_threshold_that_is_documented() -> None:
+    assert from_relative(-1.0, 12_544) == pytest.approx(-8.6, abs=0.05)
+
+
+@pytest.mark.parametrize("rule", ["mass", "mass_summaries"])
+@pytest.mark.parametrize("threshold", [-1.0, [-0.5, -3.0], [-1.0, -math.inf], {0: -3.0, 2: -0.5}], ids=str)
+def test_relative_thresholds_equal_absolute_ones_at_every_length(rule: reference.Rule, threshold: Threshold) -> None:
+    def absolute(number: float) -> float:
+        return number - math.log2(blocks)
+
+    query, key, value = make_inputs(batch=2)
+    relative = LiteAttention(threshold, rule=rule, relative=True)
+    for blocks in (6, 3):
+        keys = blocks * BLOCK_K - 9
+        same: Threshold
+        if isinstance(threshold, dict):
+            same = {step: absolute(number) for step, number in threshold.items()}
+        else:
+            same = [absolute(number) for number in threshold] if isinstance(threshold, list) else absolute(threshold)
+        other = LiteAttention(same, rule=rule)
+        for _ in range(4):
+            assert torch.equal(
+                relative(query, key[:, :keys], value[:, :keys]), other(query, key[:, :keys], value[:, :keys])
+            )
+            assert relative.sparsity == other.sparsity
+        assert sparsity(other) > 0
+
+
 def test_cleared_blocks_stay_cleared_without_refresh() -> None:
     query, key, value = make_inputs()
     attn = LiteAttention(-5.0)
@@ -362,6 +402,8 @@ def test_threshold_can_be_set_later() -> None:
         ({"dense_heads": [-1]}, ValueError, "dense_heads: expected heads from 0 on, got -1"),
         ({"dense_heads": [1.0]}, TypeError, "dense_heads: expected ints, got float 1.0"),
         ({"rule": "max"}, ValueError, "rule: expected 'running_max', 'mass' or 'mass_summaries', got 'max'"),
+        ({"relative": True}, ValueError, "relative: expected False with the rule 'running_max', .*, got True"),
+        ({"relative": 1, "rule": "mass"}, TypeError, "relative: expected a bool, got int 1"),
         ({"refresh_interval": -1}, ValueError, "refresh_interval: expected 0 .never. or more steps, got -1"),
         ({"use_int8": True}, ValueError, "use_int8: expected False .int8 is not supported., got True"),
     ],
@@ -558,6 +600,16 @@ def test_sequence_parallel_splits_merge_with_what_summaries_stand_for() -> None:
         torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
         torch.testing.assert_close(lse, lse_expected)
     assert sparsity(attn) > 0.3
+
+
+def test_relative_thresholds_count_the_blocks_of_a_split() -> None:
+    query, key, value = make_inputs()
+    split = SeqParallelLiteAttention(2, threshold=-1.0, rule="mass", relative=True)
+    for number, keys in enumerate((slice(0, 4 * BLOCK_K), slice(4 * BLOCK_K, None))):
+        alone = LiteAttention(-1.0 - math.log2((4, 2)[number]), rule="mass")
+        for _ in range(3):
+            out, _ = split(query, key[:, keys], value[:, keys], number)
+            assert torch.equal(out, alone(query, key[:, keys], value[:, keys]))
 
 
 def test_sequence_parallel_has_a_state_for_each_split() -> None:

@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from lite_attention.options import check_refresh_interval, check_rule, normalize_threshold
+from lite_attention.options import check_refresh_interval, check_relative, check_rule, normalize_threshold
 
 
 @pytest.mark.parametrize(
@@ -68,3 +68,13 @@ def test_refresh_interval() -> None:
     for value in (True, 1.0, "8", None):
         with pytest.raises(TypeError, match="refresh_interval: expected an int, got"):
             check_refresh_interval(value)
+
+
+def test_thresholds_are_relative_with_rules_that_compare_shares() -> None:
+    for rule in ("mass", "mass_summaries"):
+        assert check_relative(True, rule) is True
+    assert check_relative(False, "running_max") is False
+    with pytest.raises(ValueError, match="^relative: expected False with the rule 'running_max', .*, got True"):
+        check_relative(True, "running_max")
+    with pytest.raises(TypeError, match="^relative: expected a bool, got int 1"):
+        check_relative(1, "mass")

@@ -83,8 +83,8 @@ def test_the_threshold_of_each_layer_rises(
     risen = execution.risen
     first, last = set(), set()
 
-    def noted(threshold: float, rise: float, step: int, steps: int) -> float:
-        now = risen(threshold, rise, step, steps)
+    def noted(threshold: float, rise: float, step: int, steps: int, relative: bool) -> float:
+        now = risen(threshold, rise, step, steps, relative)
         if step == 0:
             first.add(now)
         if step == STEPS - 1:

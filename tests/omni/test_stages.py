@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import pickle
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from lite_attention.costs import Shape
 from lite_attention.options import Rule
 from lite_attention.serving.metrics import read_directory
+from lite_attention.tiles import BLOCK_K, ceil_div
 from tests.omni.conftest import cpu_only
 from tests.omni.test_joint import PICTURE, TEXT, transformer
 from tests.profiles import make_denoise_profile
@@ -98,6 +100,35 @@ def test_the_rule_of_a_stage_and_the_memory_that_it_takes(directory: Path) -> No
     lse = 4 * (PICTURE + TEXT)
     assert taken["running_max"] + lse == taken["mass"] == taken["mass_summaries"]
     assert "lite_attn.rule: unknown" in str(execute(runner(long()), {"lite_attn": {"rule": "mass"}}).error)
+
+
+def test_relative_thresholds_of_a_stage_equal_absolute_ones() -> None:
+    def skipped(**server: Any) -> Any:
+        pipeline = long()
+        pipeline.scheduler = SimpleNamespace(timesteps=range(3))
+        torch.manual_seed(0)
+        return execute(runner(pipeline, rule="mass", **server)).lite_attn
+
+    uniform = -math.log2(ceil_div(PICTURE + TEXT, BLOCK_K))
+    for rise in (0.0, 2.5):
+        found = skipped(threshold=-0.5, threshold_rise=rise, relative=True)
+        assert found == skipped(threshold=-0.5 + uniform, threshold_rise=rise)
+        assert found["sparsity"] > 0
+    assert skipped(relative=True) == skipped(threshold=-1 + uniform)
+
+
+def test_relative_thresholds_with_a_rule_that_has_none_stop_the_start() -> None:
+    from lite_attention.backend.omni import hooks
+
+    for table, message in (
+        ({}, r"additional_config\.lite_attn\.relative: expected False with the rule 'running_max'"),
+        (
+            {"rule": "mass", "profiles": {"careful": make_denoise_profile({"a": -8.0}, rule="mass")}},
+            "beside .*profiles",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hooks.install(SimpleNamespace(additional_config={"lite_attn": {"relative": True} | table}))
 
 
 def test_profiles_of_another_model_are_refused_at_the_first_run() -> None:

@@ -127,10 +127,35 @@ def test_the_rule_is_the_servers() -> None:
         parse_denoise_request({"lite_attn": {"rule": "mass"}}, DenoiseServerOptions())
 
 
+def test_relative_thresholds_are_the_servers() -> None:
+    def of(**table: Any) -> DenoiseServerOptions:
+        return DenoiseServerOptions.from_additional_config({"lite_attn": {"relative": True, "rule": "mass"} | table})
+
+    assert not DenoiseServerOptions().relative
+    assert of().relative and of().threshold == -1 and of(relative=False).threshold == -8
+    server = of(threshold=-2, max_threshold=-0.5)
+    assert parse_denoise_request({}, server).threshold == -2
+    assert parse_denoise_request({"lite_attn": {"threshold": -0.5}}, server).threshold == -0.5
+    with pytest.raises(LiteParamError, match=r"^lite_attn\.threshold: expected at most -0\.5, .*, got -0\.25"):
+        parse_denoise_request({"lite_attn": {"threshold": -0.25}}, server)
+    with pytest.raises(LiteParamError, match=r"lite_attn\.relative: unknown; expected one of lite_attn.threshold"):
+        parse_denoise_request({"lite_attn": {"relative": True}}, server)
+    profiles = {"careful": make_denoise_profile({"a": -8}, rule="mass")}
+    for table, message in (
+        ({"rule": "running_max"}, r"lite_attn\.relative: expected False with the rule 'running_max', .*, got True"),
+        ({"profiles": profiles, "profile": "careful"}, r"lite_attn\.relative: expected False beside .*profiles"),
+        ({"relative": "yes"}, r"lite_attn\.relative: expected true or false, got 'yes'"),
+        ({"max_threshold": -2}, r"lite_attn\.threshold: expected at most .*max_threshold = -2\.0, got -1\.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            of(**table)
+
+
 def test_options_of_language_models_are_not_those_of_diffusion_models() -> None:
     for table, server in (
         ({"check_share": 0.1}, DenoiseServerOptions),
         ({"cooldown_steps": 1}, ServerOptions),
+        ({"relative": True}, ServerOptions),
         ({"threshold_rise": 1}, ServerOptions),
     ):
         with pytest.raises(ValueError, match="unknown; expected one of"):
