@@ -17,7 +17,7 @@ CUTLASS_DEVICE int update_mask(
     // Several words at a time: each takes long to come.
     constexpr int kAtOnce = 8;
     int count = 0;
-    for (int first = threadIdx.x / kWarp % Config::kConsumers * kAtOnce; first < words; first += Config::kConsumers * kAtOnce) {
+    for (int first = threadIdx.x / kWarp % kConsumers * kAtOnce; first < words; first += kConsumers * kAtOnce) {
         uint32_t visits[kAtOnce];
         uint32_t before[kAtOnce];
         bool keeps[kAtOnce] = {};
@@ -48,20 +48,11 @@ CUTLASS_DEVICE int update_mask(
     return count;
 }
 
-// A unit of work that is attended to.
-struct Ended {
-    int row = -1;  // none
-    int kv_head;
-    int units;  // of the sequence's key head
-    int length;
-    bool tracked;
-};
-
 // Puts together the units of the sequence's key head of which this was the last.
 template <class Config>
 CUTLASS_DEVICE void combine(KernelParams const& params, Ended const& unit, int thread) {
     using Element = typename Config::Element;
-    constexpr int kThreads = Config::kConsumers * kWarp;
+    constexpr int kThreads = kConsumers * kWarp;
     DecodeParams const& call = params.call;
     Workspace const& workspace = params.workspace;
     int const group = params.group;
@@ -84,7 +75,7 @@ CUTLASS_DEVICE void combine(KernelParams const& params, Ended const& unit, int t
                          (unit.kv_head * group + head) * call.out_head_stride;
     for (int item = thread; item < items; item += kThreads) {
         float2 sum{};
-#pragma unroll 8
+#pragma unroll 16
         for (int i = 0; i < unit.units; ++i) {
             float2 const of_unit = *reinterpret_cast<float2 const*>(lses + i * heads + head);
             float2 const part = parts[static_cast<int64_t>(i) * items + item];

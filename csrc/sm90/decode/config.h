@@ -15,13 +15,17 @@
 namespace lite_attention::sm90 {
 
 constexpr int kHeadTile = 8;  // query heads of a matrix product
+constexpr int kConsumers = 8;  // warps that attend to what is fetched, or estimate it
 constexpr int kPlane = 64;    // channels that lie side by side in shared memory, 128 bytes
 // Segments of a unit of work where a sequence skips: few blocks of each are visited, and a unit costs its thread block some time.
-constexpr int kSkippingSegments = 2;
+constexpr int kSkippingSegments = 1;
 constexpr int kUnitBlocks = kSegmentBlocks * kSkippingSegments;  // at most
 constexpr int kUnitWords = kUnitBlocks / kWordBlocks;
+constexpr int kGroupBlocks = 16;  // blocks that are estimated together
+constexpr int kUnitGroups = kUnitBlocks / kGroupBlocks;
+static_assert(kUnitGroups % kConsumers == 0);
 // Blocks that may be listed and not fetched yet when a thread block takes more work: who takes it early may end last.
-constexpr int kBacklog = 192;
+constexpr int kBacklog = 48;
 constexpr int kSharedBytes = 227 * 1024;
 
 template <int kHeadDim_, class Element_, int kHeadTiles_>
@@ -33,7 +37,6 @@ struct Config {
     static constexpr int kPlanes = kHeadDim / kPlane;
     static_assert(kPlanes * kPlane == kHeadDim);
 
-    static constexpr int kConsumers = 8;
     // Warps that list what to visit, each a unit of work of its own. One more, and the consumers had 40 registers less.
     static constexpr int kPlanners = 3;
     static constexpr int kThreads = (kConsumers + kPlanners + 1) * kWarp;
@@ -42,30 +45,33 @@ struct Config {
     // A row of queries in shared memory: the padding spreads the heads over the banks.
     static constexpr int kQueryRow = kHeadDim + 8;
 
-    // A stage holds the keys and the values of a block. There are as many as shared memory has room for; a multiple of the
-    // consumers, so that within a unit each stage is the same warp's, which cannot wait for its next use before the last is over.
+    // A stage holds the keys and the values of a block, or the summaries of a group of blocks. There are as many as shared memory
+    // has room for; a multiple of the consumers, so that within a unit each stage is the same warp's, which cannot wait for its
+    // next use before the last is over.
     static constexpr int kStageElements = kDecodeBlock * kHeadDim;
     static constexpr int kStageBytes = 2 * kStageElements * 2;
     static constexpr int kOtherBytes =
         kPlanners * (6 * kUnitBlocks + 2 * kHeads * kQueryRow) +
-        kConsumers * kSlice * kHeadTile * 4 + kMaxRows * 4 + 4096;
+        kConsumers * kSlice * kHeadTile * 4 + kMaxRows * 6 + 2048;
     static constexpr int kStages =
         std::min(40, (kSharedBytes - kOtherBytes) / kStageBytes / kConsumers * kConsumers);
     static_assert(kStages > 0);
 };
 
-// A unit of work: one or several segments of a sequence, for one key head.
+// A unit of work: one or several segments of a sequence, for one key head. It is attended to, or what its blocks weigh is
+// estimated from their summaries.
 template <class Config>
 struct Unit {
     int row;  // -1: no work is left
+    bool estimated;   // and not attended to
     int kv_head;
     int number;       // among those of the row and key head
     int units;        // how many these have
     int first_block;  // of the unit
     int length;       // keys of the row
-    int blocks;       // to visit
+    int blocks;       // to visit; the two lists are of these, or of all where they are estimated
     bool tracked;     // whether the state is updated
-    int page[kUnitBlocks];        // of each block to visit
+    int page[kUnitBlocks];        // of each block
     uint16_t block[kUnitBlocks];  // how far it is behind the first
     alignas(16) typename Config::Element query[Config::kHeads * Config::kQueryRow];
 };

@@ -2,7 +2,6 @@
 // Compiled once for each head size (LITE_HEAD_DIM) and type (LITE_BFLOAT16).
 #include "../common/device.h"
 #include "../common/tensor_map.h"
-#include "estimate.h"
 #include "kernel.h"
 #include "launch.h"
 #include "workspace.h"
@@ -21,6 +20,13 @@ bool encode(CUtensorMap& map, DecodeParams const& params, PagedView const& view,
         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
 }
 
+// Sets what the thread blocks count in the workspace to zero.
+__global__ void reset_kernel(uint32_t* counters, int count) {
+    cudaTriggerProgrammaticLaunchCompletion();
+    int const i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) { counters[i] = 0; }
+}
+
 template <class Config>
 char const* launch(DecodeParams const& params, cudaStream_t stream) {
     KernelParams kernel_params{};
@@ -37,6 +43,7 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     kernel_params.workspace = {
         reinterpret_cast<uint32_t*>(memory),
         reinterpret_cast<uint32_t*>(memory + layout.ended),
+        reinterpret_cast<uint32_t*>(memory + layout.estimated),
         reinterpret_cast<uint32_t*>(memory + layout.visited),
         reinterpret_cast<float*>(memory + layout.expected),
         reinterpret_cast<float*>(memory + layout.masses),
@@ -48,21 +55,16 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     kernel_params.group = params.heads / params.kv_heads;
     kernel_params.scale_log2 = params.scale * kLog2E;
 
-    static_assert(sizeof(SharedStorage<Config>) + kMaxRows * sizeof(int) <= kSharedBytes);
-    static_assert(sizeof(EstimateStorage<Config>) + kMaxRows * sizeof(int) <= kSharedBytes);
-    int const estimate_bytes = static_cast<int>(sizeof(EstimateStorage<Config>) + params.rows * sizeof(int));
-    int const attend_bytes = static_cast<int>(sizeof(SharedStorage<Config>) + params.rows * sizeof(int));
+    static_assert(SharedStorage<Config>::bytes(kMaxRows) <= kSharedBytes);
+    int const shared_bytes = SharedStorage<Config>::bytes(params.rows);
     int64_t const units = static_cast<int64_t>(layout.segments) * params.kv_heads * params.rows;
     auto const thread_blocks = static_cast<unsigned>(std::min<int64_t>(units, processors()));
 
-    cudaError_t error =
-        cudaFuncSetAttribute(estimate_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, estimate_bytes);
+    cudaError_t error = cudaFuncSetAttribute(decode_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error == cudaSuccess) {
-        error = cudaFuncSetAttribute(attend_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, attend_bytes);
-    }
-    if (error == cudaSuccess) {
-        constexpr int kWarps = EstimateStorage<Config>::kWarps;
-        estimate_kernel<Config><<<thread_blocks, kWarps * kWarp, estimate_bytes, stream>>>(kernel_params);
+        constexpr int kThreads = 256;
+        int const counters = static_cast<int>(layout.visited / sizeof(uint32_t));
+        reset_kernel<<<ceil_div(counters, kThreads), kThreads, 0, stream>>>(kernel_params.workspace.drawn, counters);
         error = cudaGetLastError();
     }
     if (error == cudaSuccess) {
@@ -73,11 +75,11 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
         cudaLaunchConfig_t config{};
         config.gridDim = thread_blocks;
         config.blockDim = Config::kThreads;
-        config.dynamicSmemBytes = attend_bytes;
+        config.dynamicSmemBytes = shared_bytes;
         config.stream = stream;
         config.attrs = &early;
         config.numAttrs = 1;
-        error = cudaLaunchKernelEx(&config, attend_kernel<Config>, kernel_params);
+        error = cudaLaunchKernelEx(&config, decode_kernel<Config>, kernel_params);
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

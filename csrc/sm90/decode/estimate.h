@@ -1,211 +1,156 @@
 // SPDX-License-Identifier: MIT
-// The first kernel of a decode step: what the blocks of sequences that skip weigh, by their summaries. Each warp takes a segment at
-// a time. The second kernel compares them with what all segments have together.
+// What the blocks of a unit weigh, by their summaries: a planner has these fetched, and each consumer estimates groups of 16 blocks.
+// Whoever plans what the sequence's key head visits waits for all of it.
 #pragma once
 
 #include <cute/arch/copy_sm90_tma.hpp>
 
-#include "score.h"
+#include "storage.h"
 
 namespace lite_attention::sm90 {
 
 // Of `spread`; see lite_attention/reference.py.
 constexpr float kExpectedBend = 4.0f;
 constexpr float kGenerousBend = 8.0f;
-static_assert(kSegmentBlocks % kWarp == 0);
 
+// Asks for the summaries of the n-th unit of a thread block. All units before it are estimated too, and each has kUnitGroups uses
+// of the stages, whether there are so many groups or not. Runs in a warp. `blocks`: of the unit.
 template <class Config>
-struct EstimateStorage {
-    struct OfWarp {
-        Summaries<Config> summaries[2];  // of the blocks at hand, and of the next ones while they come
-        ScoringQuery<Config> query[Config::kHeadTiles];
-        uint8_t const* address[kSegmentBlocks];  // of each block's summary
-        float exact[3][Config::kHeads];  // log2 of the mass of the first block, the newest, and the one before it
-        uint64_t arrived[2];  // barriers of `summaries`
-    };
-    // As many warps as shared memory has room for.
-    static constexpr int kWarps = std::min<int>(16, (kSharedBytes - (kMaxRows + 4) * sizeof(int)) / sizeof(OfWarp));
-    OfWarp of_warp[kWarps];
-    int first_unit[1];  // of each row, and the number of units at the end: rows + 1 of them
-};
-
-// Brings summaries, kBlocks at a time, into the two places by turns. Runs in a warp.
-template <class Config>
-struct SummaryFetcher {
-    typename EstimateStorage<Config>::OfWarp& shared;
-    int summary_bytes;
-    uint32_t fetched = 0;
-    uint32_t taken = 0;
-
-    CUTLASS_DEVICE void init() {
-        if (threadIdx.x % kWarp == 0) {
-            CopyBarrier::init(&shared.arrived[0], 1);
-            CopyBarrier::init(&shared.arrived[1], 1);
-            cutlass::arch::fence_barrier_init();
+CUTLASS_DEVICE void request_summaries(
+    DecodeParams const& call, SharedStorage<Config>& shared, uint32_t n, Unit<Config> const& unit, int blocks) {
+    int const lane = threadIdx.x % kWarp;
+    int const blocks_of_page = call.page_size / kDecodeBlock;
+    int const bytes = 3 * call.head_dim + 16;
+    // No stage may be waited for while its use before the last goes on. Where stages are few, later units wait.
+    constexpr int kAhead = 2 * Config::kStages / kUnitGroups;
+    static_assert(kAhead > 0);
+    if constexpr (kAhead < Config::kPlanners) { shared.units.wait_empty(n + Config::kPlanners - kAhead); }
+    static_assert(kUnitBlocks % kWarp == 0 && kWarp % kGroupBlocks == 0);
+#pragma unroll 1
+    for (int block = lane; block < kUnitBlocks; block += kWarp) {
+        uint32_t const use = n * kUnitGroups + block / kGroupBlocks;
+        Stage<Config>& stage = shared.stage[shared.stages.place(use)];
+        uint64_t* const full = &shared.stages.full[shared.stages.place(use)];
+        shared.stages.wait_empty(use);
+        if (lane % kGroupBlocks == 0) {
+            CopyBarrier::arrive_and_expect_tx(full, min(max(blocks - block, 0), kGroupBlocks) * bytes);
         }
         __syncwarp();
-    }
-
-    // Asks for the summaries at `address`. All lanes must have left the ones that were at their place.
-    CUTLASS_DEVICE void fetch(uint8_t const* const* address) {
-        constexpr int kBlocks = Summaries<Config>::kBlocks;
-        int const lane = threadIdx.x % kWarp;
-        int const place = fetched++ % 2;
-        if (lane == 0) { CopyBarrier::arrive_and_expect_tx(&shared.arrived[place], kBlocks * summary_bytes); }
-        __syncwarp();
-        if (lane < kBlocks) {
-            cute::SM90_BULK_COPY_G2S::copy(
-                address[lane], &shared.arrived[place], shared.summaries[place].row[lane], summary_bytes);
+        if (block < blocks) {
+            uint8_t const* const summary = call.summaries.data + unit.page[block] * call.summaries.page_stride +
+                                           unit.kv_head * call.summaries.head_stride +
+                                           (unit.first_block + block) % blocks_of_page * call.summaries.block_stride;
+            cute::SM90_BULK_COPY_G2S::copy(summary, full, stage.summaries().row[block % kGroupBlocks], bytes);
         }
     }
+    __syncwarp();
+    if (lane == 0) { atomicAdd(&shared.requested, 1); }
+}
 
-    // The ones that were asked for first, once they are there.
-    CUTLASS_DEVICE Summaries<Config> const& take() {
-        int const place = taken % 2;
-        CopyBarrier::wait(&shared.arrived[place], taken / 2 & 1);
-        ++taken;
-        return shared.summaries[place];
-    }
-};
-
-// Notes what each block of a segment may weigh, and what all of them together probably do. Runs in a warp.
+// Notes what each block of a unit may weigh, and what all of them together probably do. Runs in the consumers. `fetched`: uses of
+// the stages before this unit.
 template <class Config>
-CUTLASS_DEVICE void estimate_segment(
-    KernelParams const& params, typename EstimateStorage<Config>::OfWarp& shared, SummaryFetcher<Config>& fetcher,
-    Place const& place) {
+CUTLASS_DEVICE void estimate(
+    KernelParams const& params, SharedStorage<Config>& shared, Unit<Config> const& unit, uint32_t fetched, int warp) {
     using Element = typename Config::Element;
     DecodeParams const& call = params.call;
     Workspace const& workspace = params.workspace;
+    int const heads = workspace.heads;
     int const lane = threadIdx.x % kWarp;
     int const blocks_of_page = call.page_size / kDecodeBlock;
-    int const first_block = place.number * kSegmentBlocks;
-    int const end = min(place.blocks, first_block + kSegmentBlocks);
-    auto page_of = [&](int block) { return call.block_table[place.row * call.block_table_stride + block / blocks_of_page]; };
+    int const blocks = ceil_div(unit.length, kDecodeBlock);  // of the row
+    int const end = min(blocks, unit.first_block + kUnitBlocks);
+    int64_t const pair = static_cast<int64_t>(unit.row) * call.kv_heads + unit.kv_head;
+    float* const masses = workspace.masses + pair * workspace.words * kWordBlocks * heads;
+    // The sums of every other unit, so that only one warp is late for the next.
+    uint32_t const n = fetched / kUnitGroups;
+    auto& sums = shared.expected[n % 2];
 
-    int page[kSegmentBlocks / kWarp];
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kSegmentBlocks / kWarp; ++i) {
-        page[i] = page_of(min(first_block + i * kWarp + lane, end - 1));  // what does not exist has the summary of another
-    }
-    __syncwarp();  // the segment before may still be read
-    QueryView<Element> const query(params, place.row, place.kv_head);
-    CUTLASS_PRAGMA_UNROLL
-    for (int tile = 0; tile < Config::kHeadTiles; ++tile) { shared.query[tile].fill(query, tile * kHeadTile); }
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kSegmentBlocks / kWarp; ++i) {
-        int const block = min(first_block + i * kWarp + lane, end - 1);
-        shared.address[i * kWarp + lane] = call.summaries.data + page[i] * call.summaries.page_stride +
-                                           place.kv_head * call.summaries.head_stride +
-                                           block % blocks_of_page * call.summaries.block_stride;
-    }
-    __syncwarp();
-    constexpr int kAtOnce = Summaries<Config>::kBlocks;
-    fetcher.fetch(shared.address);
-    if (first_block + kAtOnce < end) { fetcher.fetch(shared.address + kAtOnce); }
-
-    // What is visited in any case is weighed exactly. The summaries come meanwhile.
 #pragma unroll 1
-    for (int i = 0; i < 3; ++i) {
-        int const block = i == 0 ? 0 : place.blocks - i;
-        if (block < first_block || block >= end) { continue; }
-        auto const* const keys = static_cast<Element const*>(call.key.data) + page_of(block) * call.key.page_stride +
-                                 block % blocks_of_page * kDecodeBlock * call.key.token_stride +
-                                 place.kv_head * call.key.head_stride;
-        int const count = min(kDecodeBlock, place.length - block * kDecodeBlock);
-        CUTLASS_PRAGMA_UNROLL
-        for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
-            float2 const exact =
-                exact_mass<Config>(keys, call.key.token_stride, count, query, tile * kHeadTile, params.scale_log2);
-            if (lane < 4) { *reinterpret_cast<float2*>(&shared.exact[i][tile * kHeadTile + lane * 2]) = exact; }
+    for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
+        Element const* const tile_query = unit.query + tile * kHeadTile * Config::kQueryRow;
+        ScoringQuery<Config> const query(tile_query);
+        int const head = tile * kHeadTile + lane % 4 * 2;  // this thread's: this one and the next
+        LogSum sum[2];                                     // of this thread's blocks
+#pragma unroll 1
+        for (int group = warp; group < kUnitGroups; group += kConsumers) {
+            int const first = unit.first_block + group * kGroupBlocks;
+            int const low = first + lane / 4;  // this thread's blocks: this one and 8 further
+            bool exact[2] = {};                // whether they are in the sum already
+            // What is visited in any case is weighed exactly. The summaries come meanwhile.
+#pragma unroll 1
+            for (int i = 0; i < 3; ++i) {
+                int const block = i == 0 ? 0 : blocks - i;
+                if (block < first || block >= min(end, first + kGroupBlocks)) { continue; }
+                auto const* const keys = static_cast<Element const*>(call.key.data) +
+                                         unit.page[block - unit.first_block] * call.key.page_stride +
+                                         block % blocks_of_page * kDecodeBlock * call.key.token_stride +
+                                         unit.kv_head * call.key.head_stride;
+                int const count = min(kDecodeBlock, unit.length - block * kDecodeBlock);
+                float2 const mass =
+                    exact_mass<Config>(keys, call.key.token_stride, count, tile_query, call.head_dim, params.scale_log2);
+                CUTLASS_PRAGMA_UNROLL
+                for (int half = 0; half < 2; ++half) {
+                    if (block != low + half * 8 || exact[half]) { continue; }
+                    exact[half] = true;
+                    sum[0].add(mass.x);
+                    sum[1].add(mass.y);
+                }
+            }
+
+            shared.stages.wait_full(fetched + group);
+            int const place = shared.stages.place(fetched + group);
+            if (first < end) {
+                Moments const moments = shared.stage[place].summaries().moments(query, params.scale_log2, call.head_dim);
+                CUTLASS_PRAGMA_UNROLL
+                for (int half = 0; half < 2; ++half) {
+                    int const block = low + half * 8;
+                    if (block >= end) { continue; }
+                    float may_be[2];
+                    CUTLASS_PRAGMA_UNROLL
+                    for (int h = 0; h < 2; ++h) {
+                        int const k = 2 * half + h;
+                        auto mass = [&](float bend) {
+                            return log2_of_sum(moments.outlier[k], moments.mean[k] + spread(moments.variance[k], bend));
+                        };
+                        if (!exact[half]) { sum[h].add(mass(kExpectedBend)); }
+                        may_be[h] = mass(kGenerousBend);
+                    }
+                    if (head < heads) {
+                        *reinterpret_cast<float2*>(masses + static_cast<int64_t>(block) * heads + head) = {may_be[0], may_be[1]};
+                    }
+                }
+            }
+            __syncwarp();
+            if (tile + 1 == Config::kHeadTiles && lane == 0) { Barrier::arrive(&shared.stages.empty[place]); }
         }
+        sum[0].join_lanes(4, kWarp);
+        sum[1].join_lanes(4, kWarp);
+        if (lane < 4) { *reinterpret_cast<float2*>(&sums[warp][head]) = {sum[0].log2(), sum[1].log2()}; }
+    }
+    float* const expected = workspace.expected + (pair * workspace.segments + unit.number) * heads;
+    sync_consumers();
+    leave(shared, unit);
+    if (warp != n % kConsumers) { return; }
+    if (lane < heads) {
+        LogSum sum;
+        CUTLASS_PRAGMA_UNROLL
+        for (int w = 0; w < kConsumers; ++w) { sum.add(sums[w][lane]); }
+        expected[lane] = sum.log2();
     }
     __syncwarp();
-
-    float* const masses = workspace.masses + place.pair * workspace.words * kWordBlocks * workspace.heads;
-    LogSum expected_sum[Config::kHeadTiles][2];  // of this thread's blocks
-    for (int first = first_block; first < end; first += kAtOnce) {
-        Summaries<Config> const& summaries = fetcher.take();
-        int const low = first + lane / 4;  // this thread's blocks: this one and 8 further
-        CUTLASS_PRAGMA_UNROLL
-        for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
-            int const head = tile * kHeadTile + lane % 4 * 2;  // this thread's: this one and the next
-            Moments const moments = summaries.moments(shared.query[tile], params.scale_log2, call.head_dim);
-            float expected[4];
-            CUTLASS_PRAGMA_UNROLL
-            for (int i = 0; i < 2; ++i) {
-                int const block = low + i * 8;
-                bool const exists = block < end;
-                float may_be[2];
-                CUTLASS_PRAGMA_UNROLL
-                for (int j = 0; j < 2; ++j) {
-                    int const k = 2 * i + j;
-                    auto mass = [&](float bend) {
-                        return log2_of_sum(moments.outlier[k], moments.mean[k] + spread(moments.variance[k], bend));
-                    };
-                    expected[k] = exists ? mass(kExpectedBend) : -INFINITY;
-                    may_be[j] = mass(kGenerousBend);
-                }
-                if (exists && head < workspace.heads) {
-                    *reinterpret_cast<float2*>(masses + static_cast<int64_t>(block) * workspace.heads + head) = {
-                        may_be[0], may_be[1]};
-                }
-            }
-            CUTLASS_PRAGMA_UNROLL
-            for (int i = 0; i < 2; ++i) {
-                int const block = low + i * 8;
-                if (block < end && place.forced(block)) {
-                    float2 const exact = *reinterpret_cast<float2 const*>(
-                        &shared.exact[block == 0 ? 0 : place.blocks - block][tile * kHeadTile + lane % 4 * 2]);
-                    expected[2 * i] = exact.x;
-                    expected[2 * i + 1] = exact.y;
-                }
-            }
-            CUTLASS_PRAGMA_UNROLL
-            for (int j = 0; j < 4; ++j) { expected_sum[tile][j % 2].add(expected[j]); }
-        }
-        __syncwarp();  // all lanes have left these summaries
-        if (first + 2 * kAtOnce < end) { fetcher.fetch(shared.address + (first + 2 * kAtOnce - first_block)); }
-    }
-    CUTLASS_PRAGMA_UNROLL
-    for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
-        expected_sum[tile][0].join_lanes(4, kWarp);
-        expected_sum[tile][1].join_lanes(4, kWarp);
-        int const head = tile * kHeadTile + lane * 2;
-        if (lane < 4 && head < workspace.heads) {
-            *reinterpret_cast<float2*>(
-                workspace.expected + (place.pair * workspace.segments + place.number) * workspace.heads + head) = {
-                expected_sum[tile][0].log2(), expected_sum[tile][1].log2()};
-        }
+    if (lane == 0) {
+        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(workspace.estimated + pair) : "memory");
     }
 }
 
-template <class Config>
-__global__ void __launch_bounds__(EstimateStorage<Config>::kWarps * kWarp, 1)
-    estimate_kernel(__grid_constant__ KernelParams const params) {
-    extern __shared__ __align__(1024) uint8_t memory[];
-    auto& shared = *reinterpret_cast<EstimateStorage<Config>*>(memory);
-    // The second kernel waits where it needs what this one writes.
-    cudaTriggerProgrammaticLaunchCompletion();
-    DecodeParams const& call = params.call;
-    int const first = blockIdx.x * blockDim.x + threadIdx.x;
-    for (int i = first; i < call.rows * call.kv_heads; i += gridDim.x * blockDim.x) { params.workspace.ended[i] = 0; }
-    if (first == 0) { *params.workspace.drawn = 0; }
-
-    number_units(call, shared.first_unit, [&](int row) {
-        return visits_everything(call, row) ? 0 : segments_of(call.seq_lens[row]);
-    });
-    int const units = shared.first_unit[call.rows];
-    constexpr int kWarps = EstimateStorage<Config>::kWarps;
-    auto& of_warp = shared.of_warp[threadIdx.x / kWarp];
-    SummaryFetcher<Config> fetcher{of_warp, 3 * call.head_dim + 16};
-    fetcher.init();
-    // Thread blocks have equally many but for one, and neighbouring warps neighbouring key heads, whose summaries lie side by side.
-    auto first_of = [&](int64_t thread_block) { return static_cast<int>(thread_block * units / gridDim.x); };
-    int const end = first_of(blockIdx.x + 1);
-    for (int index = first_of(blockIdx.x) + threadIdx.x / kWarp; index < end; index += kWarps) {
-        Place const place(call, shared.first_unit, index);
-        estimate_segment<Config>(params, of_warp, fetcher, place);
-    }
+// Waits until all of that key head's units are estimated.
+CUTLASS_DEVICE void await_estimates(Workspace const& workspace, Place const& place) {
+    uint32_t const units = place.units();
+    uint32_t estimated;
+    do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(estimated) : "l"(workspace.estimated + place.pair) : "memory");
+    } while (estimated < units);
 }
 
 }  // namespace lite_attention::sm90

@@ -1,50 +1,48 @@
 // SPDX-License-Identifier: MIT
-// The second kernel of a decode step. Some warps list what a unit of work visits, one warp has it fetched, others attend to it
-// together, each with a softmax of its own.
+// The kernel of a decode step. Some warps list what a unit of work visits, one warp has it fetched, others attend to it together,
+// each with a softmax of its own. Before that, the same warps estimate what sequences that skip visit: see estimate.h.
 #pragma once
 
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include "combine.h"
+#include "estimate.h"
 #include "mma.h"
 
 namespace lite_attention::sm90 {
 
-CUTLASS_DEVICE int segments_of_unit(bool everything) { return everything ? 1 : kSkippingSegments; }
-
 // The units of a thread block in their order, for those who work on what the planners list: the n-th is planner n modulo
-// kPlanners'. `action` gets the unit.
+// kPlanners'. `action` gets the unit, and leaves it.
 template <class Config, class Action>
 CUTLASS_DEVICE void for_each_unit(SharedStorage<Config>& shared, Action action) {
     for (uint32_t n = 0;; ++n) {
-        int const planner = shared.units.place(n);
         shared.units.wait_full(n);
-        Unit<Config> const& unit = shared.unit[planner];
+        Unit<Config> const& unit = shared.unit[shared.units.place(n)];
         if (unit.row < 0) { break; }
         action(unit);
-        Barrier::arrive(&shared.units.empty[planner]);
     }
 }
 
-// The first units of each thread block, about half of its work, are dealt out: who draws waits for the counter.
+// The first units of each thread block, about half of its work, are dealt out: who draws waits for the counter. Not where units are
+// estimated: others wait for these, so only a thread block that runs may have them.
 template <class Config>
-CUTLASS_DEVICE uint32_t dealt_units(int units) {
-    return max(Config::kPlanners, units / static_cast<int>(2 * gridDim.x));
+CUTLASS_DEVICE uint32_t dealt_units(Schedule const& schedule) {
+    return schedule.estimates > 0 ? 0 : max(Config::kPlanners, schedule.units / static_cast<int>(2 * gridDim.x));
 }
 
-// Takes the n-th unit of a thread block, the next that none has taken. It waits as long as too much is listed, and for its turn:
-// otherwise who fetches unit n could wait for it while its planner waits for later ones to be fetched. `expected`: blocks that it
-// will probably visit. `first`: the first unit that is drawn. A number from `units` on means that there are no more.
+// Takes the n-th unit of a thread block, the next step that none has taken. It waits as long as too much is listed, and for its
+// turn: otherwise who fetches unit n could wait for it while its planner waits for later ones to be fetched. `expected`: blocks that
+// it will probably visit. `first`: the first step that is drawn. A number from `steps` on means that there are no more.
 template <class Config>
-CUTLASS_DEVICE int draw_unit(SharedStorage<Config>& shared, uint32_t* drawn, uint32_t n, int first, int units, int expected) {
+CUTLASS_DEVICE int draw_step(SharedStorage<Config>& shared, uint32_t* drawn, uint32_t n, int first, int steps, int expected) {
     while (atomicAdd(&shared.turn, 0) != n || atomicAdd(&shared.backlog, 0) >= kBacklog) { __nanosleep(100); }
     cudaGridDependencySynchronize();  // the counter is zero
-    int const index = first + atomicAdd(drawn, 1);
-    if (index < units) { atomicAdd(&shared.backlog, expected); }
+    int const step = first + atomicAdd(drawn, 1);
+    if (step < steps) { atomicAdd(&shared.backlog, expected); }
     __threadfence_block();
     atomicExch(&shared.turn, n + 1);
-    return index;
+    return step;
 }
 
 // Lists what units of work visit. Runs in kPlanners warps. What is read of the device's memory is asked for at once as far as can be.
@@ -57,29 +55,32 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
     int const lane = threadIdx.x % kWarp;
     int const blocks_of_page = call.page_size / kDecodeBlock;
     int const heads = workspace.heads;
-    int const units = shared.first_unit[call.rows];
-    uint32_t const dealt = dealt_units<Config>(units);
+    Schedule const& schedule = shared.schedule;
+    int const steps = schedule.steps();
+    uint32_t const dealt = dealt_units<Config>(schedule);
     Unit<Config>& unit = shared.unit[warp];
 
     int expected = 0;  // blocks that are in the backlog before they are listed
     int total = 0;
     for (uint32_t n = warp;; n += Config::kPlanners) {
-        int index = blockIdx.x + n * gridDim.x;
+        int step = blockIdx.x + n * gridDim.x;
         shared.units.wait_empty(n);
         if (n >= dealt) {
             expected = total;
-            if (lane == 0) { index = draw_unit(shared, workspace.drawn, n, dealt * gridDim.x, units, expected); }
-            index = __shfl_sync(~0u, index, 0);
+            if (lane == 0) { step = draw_step(shared, workspace.drawn, n, dealt * gridDim.x, steps, expected); }
+            step = __shfl_sync(~0u, step, 0);
         }
-        if (index >= units) {
+        if (step >= steps) {
             if (lane == 0) { unit.row = -1; }
             Barrier::arrive(&shared.units.full[warp]);
             break;
         }
-        Place const place(call, shared.first_unit, index);
+        Place const place(call, schedule, schedule.unit_of(step));
+        bool const estimated = step < schedule.estimates;
         int const segments = segments_of_unit(place.everything);
         int const unit_words = segments * (kSegmentBlocks / kWordBlocks);
         int const first_word = place.number * unit_words;
+        int const first_block = first_word * kWordBlocks;
         int const words = min(unit_words, ceil_div(place.blocks, kWordBlocks) - first_word);
         auto const block_of = [&](int word) { return (first_word + word) * kWordBlocks + lane; };
 
@@ -91,7 +92,7 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
             page[w] = visit[w] ? call.block_table[place.row * call.block_table_stride + block_of(w) / blocks_of_page] : 0;
         }
         uint32_t mattered = ~0u;  // of lanes that are words
-        if (!place.everything && lane < words) {
+        if (!place.everything && !estimated && lane < words) {
             int32_t const* const of_slot = call.mask + call.slots[place.row] * call.mask_slot_stride;
             mattered = of_slot[place.kv_head * call.mask_head_stride + first_word + lane];
         }
@@ -105,10 +106,27 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
             *reinterpret_cast<uint4*>(unit.query + head * Config::kQueryRow + channel) = query.load(head, channel);
         }
 
+        if (lane == 0) {
+            unit.row = place.row;
+            unit.estimated = estimated;
+            unit.kv_head = place.kv_head;
+            unit.number = place.number;
+            unit.units = place.units();
+            unit.first_block = first_block;
+            unit.length = place.length;
+            unit.tracked = place.tracked;
+        }
+        if (estimated) {
+            CUTLASS_PRAGMA_UNROLL
+            for (int w = 0; w < kUnitWords; ++w) { unit.page[w * kWordBlocks + lane] = page[w]; }
+            Barrier::arrive(&shared.units.full[warp]);
+            request_summaries(call, shared, n, unit, min(place.blocks - first_block, kUnitBlocks));
+            continue;
+        }
+
         if (!place.everything) {
-            cudaGridDependencySynchronize();  // the estimates are there
-            float const mass = sum_parts(
-                workspace.expected + place.pair * workspace.segments * heads, segments_of(place.length), heads);
+            await_estimates(workspace, place);
+            float const mass = sum_parts(workspace.expected + place.pair * workspace.segments * heads, place.units(), heads);
             // The least log2 of a mass that is worth a visit, for the head lane % heads.
             float const limit = lane % heads < params.group ? place.threshold + mass : INFINITY;
             float const* const masses = workspace.masses + place.pair * workspace.words * kWordBlocks * heads;
@@ -148,14 +166,7 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
             total += __popc(word);
         }
         if (lane == 0) {
-            unit.row = place.row;
-            unit.kv_head = place.kv_head;
-            unit.number = place.number;
-            unit.units = units_of(place.length, segments);
-            unit.first_block = first_word * kWordBlocks;
-            unit.length = place.length;
             unit.blocks = total;
-            unit.tracked = place.tracked;
             atomicAdd(&shared.backlog, total - expected);
         }
         Barrier::arrive(&shared.units.full[warp]);
@@ -170,7 +181,16 @@ CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& sha
     int const lane = threadIdx.x % kWarp;
     int const blocks_of_page = params.call.page_size / kDecodeBlock;
     uint32_t fetched = 0;
+    uint32_t estimated = 0;  // units
     for_each_unit(shared, [&](Unit<Config> const& unit) {
+        if (unit.estimated) {
+            fetched += kUnitGroups;
+            ++estimated;
+            leave(shared, unit);
+            return;
+        }
+        // No stage may be waited for that a planner has yet to fill the time before.
+        while (atomicAdd(&shared.requested, 0) < estimated) {}
         int const blocks = unit.blocks;
         int const kv_head = unit.kv_head;
         for (int first = 0; first < blocks; first += kLanes) {
@@ -183,7 +203,6 @@ CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& sha
                 shared.stages.wait_empty(fetched + i);
                 CopyBarrier::arrive_and_expect_tx(full, Config::kStageBytes);
                 auto copy = [&](CUtensorMap const& map, typename Config::Element* to) {
-                    to += stage * Config::kStageElements;
                     if (params.box_planes == Config::kPlanes) {
                         cute::SM90_TMA_LOAD_5D::copy(&map, full, kHint, to, 0, token, 0, kv_head, page);
                         return;
@@ -194,14 +213,15 @@ CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& sha
                             &map, full, kHint, to + plane * kDecodeBlock * kPlane, plane * kPlane, token, 0, kv_head, page);
                     }
                 };
-                copy(params.key, shared.key);
-                copy(params.value, shared.value);
+                copy(params.key, shared.stage[stage].key);
+                copy(params.value, shared.stage[stage].value);
             }
             // No lane may wait for a stage that another has yet to fill the time before.
             __syncwarp();
             if (lane == 0) { atomicSub(&shared.backlog, min(kLanes, blocks - first)); }
         }
         fetched += blocks;
+        leave(shared, unit);
     });
 }
 
@@ -369,11 +389,11 @@ CUTLASS_DEVICE void merge(
             int const head = tile * kHeadTile + lane % 4 * 2 + h;
             float largest = -INFINITY;
             CUTLASS_PRAGMA_UNROLL
-            for (int w = 0; w < Config::kConsumers; ++w) { largest = fmaxf(largest, shared.max[w][head]); }
+            for (int w = 0; w < kConsumers; ++w) { largest = fmaxf(largest, shared.max[w][head]); }
             float const offset = largest == -INFINITY ? 0.0f : largest;
             float sum = 0.0f;
             CUTLASS_PRAGMA_UNROLL
-            for (int w = 0; w < Config::kConsumers; ++w) { sum += shared.sum[w][head] * exp2f(shared.max[w][head] - offset); }
+            for (int w = 0; w < kConsumers; ++w) { sum += shared.sum[w][head] * exp2f(shared.max[w][head] - offset); }
             factor[h] = sum == 0.0f ? 0.0f : exp2f(gathered.max[tile][h] - offset) / sum;
             if (warp == 0 && lane < 4 && head < heads) { workspace.lse[part * heads + head] = offset + log2f(sum); }
         }
@@ -388,10 +408,10 @@ CUTLASS_DEVICE void merge(
                         out[2 * r] * factor[0], out[2 * r + 1] * factor[1]};
                 }
             }
-            sync_consumers<Config>();
+            sync_consumers();
             float2 sum{};
             CUTLASS_PRAGMA_UNROLL
-            for (int w = 0; w < Config::kConsumers; ++w) {
+            for (int w = 0; w < kConsumers; ++w) {
                 float2 const addend = shared.slice[w][thread];
                 sum.x += addend.x;
                 sum.y += addend.y;
@@ -401,7 +421,7 @@ CUTLASS_DEVICE void merge(
             if (channel < head_dim && head < heads) {
                 *reinterpret_cast<float2*>(workspace.out + (part * head_dim + channel) * heads + head) = sum;
             }
-            sync_consumers<Config>();
+            sync_consumers();
         }
     }
 }
@@ -414,42 +434,45 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     int const warp = thread / kWarp;
     int const lane = thread % kWarp;
     uint32_t fetched = 0;
-    Ended ended;           // the unit before
-    uint32_t counted = 0;  // of thread 0: how many of its sequence's were counted before it
-    // Whether the unit before was its sequence's last. The number is asked for long before it is needed.
-    auto const ends = [&](uint32_t number) {
-        bool& last = shared.last[number % 2];
-        if (thread == 0) { last = ended.row >= 0 && counted == ended.units - 1; }
-        sync_consumers<Config>();
-        return last;
+    uint32_t number = 0;   // of units that are attended to
+    uint32_t counted = 0;  // of thread 0: how many of its sequence's were counted before the last of them
+    // The unit before. How many were counted is asked for long before it is needed.
+    auto const before = [&]() -> Ended const& {
+        Ended& ended = shared.ended[number % 2];
+        if (thread == 0) { ended.last = number > 0 && counted == ended.units - 1; }
+        sync_consumers();
+        return ended;
     };
-    uint32_t number = 0;
     for_each_unit(shared, [&](Unit<Config> const& unit) {
+        if (unit.estimated) {
+            estimate(params, shared, unit, fetched, warp);
+            fetched += kUnitGroups;
+            return;
+        }
         int const blocks = unit.blocks;
 
         QueryOperands<Config> const query(unit);
         int64_t const pair = static_cast<int64_t>(unit.row) * params.call.kv_heads + unit.kv_head;
         float* const masses = workspace.masses + pair * workspace.words * kWordBlocks * heads;
         Gathered<Config> gathered;
-        for (int i = warp; i < blocks; i += Config::kConsumers) {
+        for (int i = warp; i < blocks; i += kConsumers) {
             int const block = unit.first_block + unit.block[i];
             int const keys = unit.length - block * kDecodeBlock;
             int const stage = shared.stages.place(fetched + i);
-            auto* const value = shared.value + stage * Config::kStageElements;
+            Stage<Config>& at = shared.stage[stage];
             shared.stages.wait_full(fetched + i);
             if (keys < kDecodeBlock) {
                 // What stands behind the end of a sequence may be anything, and no weight makes a NaN vanish.
                 for (int j = lane; j < Config::kPlanes * (kDecodeBlock - keys) * 8; j += kWarp) {
                     int const row = j / 8 % (kDecodeBlock - keys) + keys;
                     int const plane = j / 8 / (kDecodeBlock - keys);
-                    reinterpret_cast<uint4*>(value)[(plane * kDecodeBlock + row) * 8 + j % 8] = uint4{};
+                    reinterpret_cast<uint4*>(at.value)[(plane * kDecodeBlock + row) * 8 + j % 8] = uint4{};
                 }
                 cutlass::arch::fence_view_async_shared();
                 __syncwarp();
             }
             attend<Config>(
-                gathered, cute::cast_smem_ptr_to_uint(shared.key + stage * Config::kStageElements),
-                cute::cast_smem_ptr_to_uint(value), query, keys, params.scale_log2,
+                gathered, cute::cast_smem_ptr_to_uint(at.key), cute::cast_smem_ptr_to_uint(at.value), query, keys, params.scale_log2,
                 unit.tracked ? masses + static_cast<int64_t>(block) * heads : nullptr, heads);
             __syncwarp();
             if (lane == 0) { Barrier::arrive(&shared.stages.empty[stage]); }
@@ -457,7 +480,8 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         fetched += blocks;
 
         share(shared, gathered, warp);
-        bool const last = ends(number++);
+        Ended const& ended = before();
+        ++number;
         int64_t const part = pair * workspace.segments + unit.number;
         if (blocks > 0) {
             merge(params, shared, part, gathered, thread);
@@ -465,34 +489,36 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
             workspace.lse[part * heads + thread] = -INFINITY;
         }
         __syncwarp();
+        if (thread == 0) {
+            shared.ended[number % 2] = {unit.row, unit.kv_head, unit.units, unit.length, unit.tracked, false};
+        }
+        leave(shared, unit);
         if (thread == 0) { counted = count_unit(params, pair); }
-        if (last) { combine<Config>(params, ended, thread); }
-        ended = {unit.row, unit.kv_head, unit.units, unit.length, unit.tracked};
+        if (ended.last) { combine<Config>(params, ended, thread); }
     });
-    if (ends(number)) { combine<Config>(params, ended, thread); }
+    if (Ended const& ended = before(); ended.last) { combine<Config>(params, ended, thread); }
 }
 
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, 1) attend_kernel(__grid_constant__ KernelParams const params) {
+__global__ void __launch_bounds__(Config::kThreads, 1) decode_kernel(__grid_constant__ KernelParams const params) {
     extern __shared__ __align__(1024) uint8_t memory[];
     auto& shared = *reinterpret_cast<SharedStorage<Config>*>(memory);
     if (threadIdx.x == 0) {
-        shared.units.init(kWarp, (Config::kConsumers + 1) * kWarp);
+        shared.units.init(kWarp, (kConsumers + 1) * kWarp);
         shared.stages.init(1, 1);
         shared.backlog = 0;
+        shared.requested = 0;
         cutlass::arch::fence_barrier_init();
         cute::prefetch_tma_descriptor(&params.key);
         cute::prefetch_tma_descriptor(&params.value);
     }
-    number_units(params.call, shared.first_unit, [&](int row) {
-        return units_of(params.call.seq_lens[row], segments_of_unit(visits_everything(params.call, row)));
-    });
-    if (threadIdx.x == 0) { shared.turn = dealt_units<Config>(shared.first_unit[params.call.rows]); }
+    shared.schedule.init(params.call, shared.tables);
+    if (threadIdx.x == 0) { shared.turn = dealt_units<Config>(shared.schedule); }
     __syncthreads();
     int const warp = threadIdx.x / kWarp;
     if (warp < Config::kPlanners) {
         plan(params, shared);
-    } else if (warp < Config::kPlanners + Config::kConsumers) {
+    } else if (warp < Config::kPlanners + kConsumers) {
         consume(params, shared, threadIdx.x - Config::kPlanners * kWarp);
     } else {
         fetch(params, shared);

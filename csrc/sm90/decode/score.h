@@ -16,53 +16,71 @@ CUTLASS_DEVICE void widen(uint32_t bytes, __half2& low, __half2& high) {
 }
 
 // Eight query heads as the second operands of the products: q, and q squared, of a thread's eight channels of every 32. Each
-// head is divided by its largest magnitude, so that half precision neither overflows nor loses what counts.
+// head is divided by its largest magnitude, so that half precision neither overflows nor loses what counts. They stay in registers
+// as long as there are enough.
 template <class Config>
-struct ScoringQuery {
+class ScoringQuery {
+  public:
     static constexpr int kParts = Config::kHeadDim / 32;
-    uint4 linear[kParts][kWarp];
-    uint4 square[kParts][kWarp];
-    float largest[kHeadTile];
+    struct Operands {
+        uint32_t linear[4];
+        uint32_t square[4];
+    };
+    float largest[2];  // of this thread's heads
 
-    // Called by a warp. `first_head`: of eight.
-    CUTLASS_DEVICE void fill(QueryView<typename Config::Element> const& query, int first_head) {
-        using Element = typename Config::Element;
-        using Pair = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
-        int const lane = threadIdx.x % kWarp;
-        int const head = lane / 4;
-        uint4 raw[kParts];
-        CUTLASS_PRAGMA_UNROLL
-        for (int part = 0; part < kParts; ++part) {
-            raw[part] = query.load(first_head + head, part * 32 + lane % 4 * 8);
-        }
+    // `query`: the first of the heads in shared memory, in rows of kQueryRow.
+    CUTLASS_DEVICE explicit ScoringQuery(typename Config::Element const* query)
+        : own_(query + threadIdx.x % kWarp / 4 * Config::kQueryRow + threadIdx.x % 4 * 8) {
         float of_head = 0.0f;
         CUTLASS_PRAGMA_UNROLL
         for (int part = 0; part < kParts; ++part) {
+            uint4 const raw = load(part);
             CUTLASS_PRAGMA_UNROLL
             for (int i = 0; i < 4; ++i) {
-                float2 const pair = widen(reinterpret_cast<Pair const*>(&raw[part])[i]);
+                float2 const pair = widen(reinterpret_cast<Pair const*>(&raw)[i]);
                 of_head = fmaxf(of_head, fmaxf(fabsf(pair.x), fabsf(pair.y)));
             }
         }
         of_head = fmaxf(of_head, __shfl_xor_sync(~0u, of_head, 1));
         of_head = fmaxf(of_head, __shfl_xor_sync(~0u, of_head, 2));
-        float const inverse = of_head > 0.0f ? 1.0f / of_head : 0.0f;
+        inverse_ = of_head > 0.0f ? 1.0f / of_head : 0.0f;
         CUTLASS_PRAGMA_UNROLL
-        for (int part = 0; part < kParts; ++part) {
-            uint32_t of_linear[4];
-            uint32_t of_square[4];
+        for (int h = 0; h < 2; ++h) { largest[h] = __shfl_sync(~0u, of_head, (threadIdx.x % 4 * 2 + h) * 4); }
+        if constexpr (kKept) {
             CUTLASS_PRAGMA_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                float2 const pair = widen(reinterpret_cast<Pair const*>(&raw[part])[i]);
-                float2 const unit{pair.x * inverse, pair.y * inverse};
-                of_linear[i] = bits(__float22half2_rn(unit));
-                of_square[i] = bits(__float22half2_rn({unit.x * unit.x, unit.y * unit.y}));
-            }
-            linear[part][lane] = {of_linear[0], of_linear[1], of_linear[2], of_linear[3]};
-            square[part][lane] = {of_square[0], of_square[1], of_square[2], of_square[3]};
+            for (int part = 0; part < kParts; ++part) { kept_[part] = make(part); }
         }
-        if (lane % 4 == 0) { largest[head] = of_head; }
     }
+
+    CUTLASS_DEVICE Operands operator()(int part) const {
+        if constexpr (kKept) {
+            return kept_[part];
+        } else {
+            return make(part);
+        }
+    }
+
+  private:
+    static constexpr bool kKept = Config::kHeadDim <= 128;
+    using Pair = std::conditional_t<std::is_same_v<typename Config::Element, __half>, __half2, __nv_bfloat162>;
+
+    CUTLASS_DEVICE uint4 load(int part) const { return *reinterpret_cast<uint4 const*>(own_ + part * 32); }
+    CUTLASS_DEVICE Operands make(int part) const {
+        uint4 const raw = load(part);
+        Operands operands;
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            float2 const pair = widen(reinterpret_cast<Pair const*>(&raw)[i]);
+            float2 const unit{pair.x * inverse_, pair.y * inverse_};
+            operands.linear[i] = bits(__float22half2_rn(unit));
+            operands.square[i] = bits(__float22half2_rn({unit.x * unit.x, unit.y * unit.y}));
+        }
+        return operands;
+    }
+
+    typename Config::Element const* own_;
+    float inverse_;
+    Operands kept_[kKept ? kParts : 1];
 };
 
 // What summaries say of this thread's two blocks and two heads, in the order of the products' results.
@@ -78,9 +96,8 @@ template <class Config>
 struct Summaries {
     // A row has its summary and 16 bytes more: so its eight neighbours begin in other banks, whatever the head size.
     static constexpr int kRowBytes = 3 * Config::kHeadDim + 32;
-    static constexpr int kBlocks = 16;
 
-    alignas(16) uint8_t row[kBlocks][kRowBytes];
+    alignas(16) uint8_t row[kGroupBlocks][kRowBytes];
 
     // Channels that do not exist are those of others: the query has zeros there.
     CUTLASS_DEVICE Moments moments(ScoringQuery<Config> const& query, float scale_log2, int head_dim) const {
@@ -92,8 +109,7 @@ struct Summaries {
         CUTLASS_PRAGMA_UNROLL
         for (int part = 0; part < Config::kHeadDim / 32; ++part) {
             int const channel = min(part * 32 + lane % 4 * 8, head_dim - 8);
-            uint4 const linear = query.linear[part][lane];
-            uint4 const square = query.square[part][lane];
+            auto const operands = query(part);
             __half2 wide[2][4];
             // Bytes as the first operand: signed ones come with their sign's bit flipped, so that all are 0 to 255.
             auto load = [&](int kind, uint32_t flipped, float zero) {
@@ -106,23 +122,23 @@ struct Summaries {
                     for (int i = 0; i < 4; ++i) { wide[half][i] = __hsub2(wide[half][i], __float2half2_rn(1024.0f + zero)); }
                 }
             };
-            auto multiply = [&](float (&result)[4], uint4 const& operand) {
+            auto multiply = [&](float (&result)[4], uint32_t const (&operand)[4]) {
                 uint32_t const low[4] = {bits(wide[0][0]), bits(wide[1][0]), bits(wide[0][1]), bits(wide[1][1])};
                 uint32_t const high[4] = {bits(wide[0][2]), bits(wide[1][2]), bits(wide[0][3]), bits(wide[1][3])};
-                mma(result, low, operand.x, operand.y, __half{});
-                mma(result, high, operand.z, operand.w, __half{});
+                mma(result, low, operand[0], operand[1], __half{});
+                mma(result, high, operand[2], operand[3], __half{});
             };
             load(0, 0x80808080u, 128.0f);
-            multiply(of_outlier, linear);
+            multiply(of_outlier, operands.linear);
             load(1, 0x80808080u, 128.0f);
-            multiply(of_mean, linear);
+            multiply(of_mean, operands.linear);
             load(2, 0, 0.0f);
             CUTLASS_PRAGMA_UNROLL
             for (int half = 0; half < 2; ++half) {
                 CUTLASS_PRAGMA_UNROLL
                 for (int i = 0; i < 4; ++i) { wide[half][i] = __hmul2(wide[half][i], wide[half][i]); }
             }
-            multiply(of_deviation, square);
+            multiply(of_deviation, operands.square);
         }
         static_assert(kDecodeBlock - 1 == 15);
         constexpr float kLogOthers = 3.9068905956085187f;  // log2
@@ -130,7 +146,7 @@ struct Summaries {
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 4; ++i) {
             float4 const scales = *reinterpret_cast<float4 const*>(of_block[i / 2] + 3 * head_dim);
-            float const of_head = query.largest[lane % 4 * 2 + i % 2] * scale_log2;
+            float const of_head = query.largest[i % 2] * scale_log2;
             moments.outlier[i] = of_head * scales.x * of_outlier[i];
             moments.mean[i] = kLogOthers + of_head * scales.y * of_mean[i];
             float const deviation = of_head * scales.z;
@@ -151,11 +167,11 @@ CUTLASS_DEVICE float log2_of_sum(float a, float b) { return fmaxf(a, b) + log2f(
 // Log2 of the exact mass of a block for this thread's two heads.
 //
 //   keys   the block's first, contiguous channels; only the first `count` exist, at least one
-//   first_head  of eight
+//   query  the first of eight heads in shared memory, in rows of kQueryRow
 template <class Config>
 CUTLASS_DEVICE float2 exact_mass(
-    typename Config::Element const* keys, int64_t token_stride, int count, QueryView<typename Config::Element> const& query,
-    int first_head, float scale_log2) {
+    typename Config::Element const* keys, int64_t token_stride, int count, typename Config::Element const* query, int head_dim,
+    float scale_log2) {
     int const lane = threadIdx.x % kWarp;
     int const key = lane / 4;
     float scores[4] = {};
@@ -163,12 +179,12 @@ CUTLASS_DEVICE float2 exact_mass(
     for (int part = 0; part < Config::kHeadDim / 32; ++part) {
         int const channel = part * 32 + lane % 4 * 8;
         auto load = [&](int k) {
-            bool const exists = k < count && channel < query.head_dim;
+            bool const exists = k < count && channel < head_dim;
             return exists ? *reinterpret_cast<uint4 const*>(keys + k * token_stride + channel) : uint4{};
         };
         uint4 const low = load(key);
         uint4 const high = load(key + 8);
-        uint4 const q = query.load(first_head + key, channel);
+        uint4 const q = *reinterpret_cast<uint4 const*>(query + key * Config::kQueryRow + channel);
         uint32_t const first[4] = {low.x, high.x, low.y, high.y};
         uint32_t const second[4] = {low.z, high.z, low.w, high.w};
         mma(scores, first, q.x, q.y, typename Config::Element{});

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// What the kernels of a decode step share: their arguments, and how the work is cut in units, each one or several segments of a
-// sequence and one key head. They begin at places that the row alone decides, so what it gets does not depend on its batch.
+// The arguments of the kernel, and how the work is cut in units, each one or several segments of a sequence and one key head. They
+// begin at places that the row alone decides, so what it gets does not depend on its batch.
 #pragma once
 
 #include "config.h"
@@ -9,13 +9,14 @@ namespace lite_attention::sm90 {
 
 // What thread blocks leave for others.
 struct Workspace {
-    uint32_t* drawn;    // units that were taken beside each thread block's first ones
-    uint32_t* ended;    // (rows, kv_heads) units that are attended to
-    uint32_t* visited;  // (rows, kv_heads, words) blocks that were visited
-    float* expected;    // (rows, kv_heads, segments, heads) log2 of the mass that a segment probably has
-    float* masses;      // (rows, kv_heads, blocks, heads) log2 of the mass that a block may have; once it is visited, that it has
-    float* lse;         // (rows, kv_heads, segments, heads) of a unit, in log2 units
-    float* out;         // (rows, kv_heads, segments, head_dim, heads) of a unit; not written where its lse is -inf
+    uint32_t* drawn;      // units that were taken beside each thread block's first ones
+    uint32_t* ended;      // (rows, kv_heads) units that are attended to
+    uint32_t* estimated;  // (rows, kv_heads) units that are estimated
+    uint32_t* visited;    // (rows, kv_heads, words) blocks that were visited
+    float* expected;      // (rows, kv_heads, segments, heads) log2 of the mass that a unit probably has
+    float* masses;        // (rows, kv_heads, blocks, heads) log2 of the mass that a block may have; once it is visited, that it has
+    float* lse;           // (rows, kv_heads, segments, heads) of a unit, in log2 units
+    float* out;           // (rows, kv_heads, segments, head_dim, heads) of a unit; not written where its lse is -inf
 
     int words;
     int segments;
@@ -80,7 +81,7 @@ struct LogSum {
 // Log2 of the sum of all parts of a row's key head, for the query head lane % heads. `values`: (parts, heads). Runs in a warp.
 CUTLASS_DEVICE float sum_parts(float const* values, int parts, int heads) {
     LogSum sum;
-#pragma unroll 4
+#pragma unroll 8
     for (int i = threadIdx.x % kWarp; i < parts * heads; i += kWarp) { sum.add(values[i]); }
     sum.join_lanes(heads, kWarp);
     return sum.log2();
@@ -88,14 +89,78 @@ CUTLASS_DEVICE float sum_parts(float const* values, int parts, int heads) {
 
 // Whether a row's state is updated.
 CUTLASS_DEVICE bool tracks(DecodeParams const& call, int row) {
-    return call.thresholds[row] != -INFINITY && call.seq_lens[row] > 0;
+    return static_cast<int>(call.thresholds[row] != -INFINITY) & static_cast<int>(call.seq_lens[row] > 0);  // asks for both at once
 }
 
 // Whether a row visits all of its blocks.
-CUTLASS_DEVICE bool visits_everything(DecodeParams const& call, int row) { return !tracks(call, row) || call.visit_all[row]; }
+CUTLASS_DEVICE bool visits_everything(DecodeParams const& call, int row) {
+    bool const all = call.visit_all[row];
+    return !tracks(call, row) || all;
+}
 
-// Units of a row and key head. `segments`: of a unit.
-CUTLASS_DEVICE int units_of(int length, int segments) { return ceil_div(segments_of(length), segments); }
+CUTLASS_DEVICE int segments_of_unit(bool everything) { return everything ? 1 : kSkippingSegments; }
+
+// Units of a row and key head.
+CUTLASS_DEVICE int units_of(int length, bool everything) { return ceil_div(segments_of(length), segments_of_unit(everything)); }
+
+// The order of all units: row by row, those that skip before those that visit everything, and the key heads of a segment one after
+// another, as their summaries lie. First the units of rows that skip are estimated, then all are attended to: those that wait for
+// no estimate, then those that do.
+struct Schedule {
+    static constexpr int kRowBytes = sizeof(int) + sizeof(uint16_t);
+
+    int* first_unit;   // (rows,)
+    uint16_t* ranked;  // (rows,) in their order
+    int estimates;     // units that are estimated
+    int units;         // that are attended to
+
+    // Runs in a whole thread block. `tables`: kRowBytes for each row, in shared memory.
+    CUTLASS_DEVICE void init(DecodeParams const& call, int* tables) {
+        // How many units a row has; negative where it visits everything, and not any more once its first one is known.
+        for (int row = threadIdx.x; row < call.rows; row += blockDim.x) {
+            bool const everything = visits_everything(call, row);
+            int const count = units_of(call.seq_lens[row], everything) * call.kv_heads;
+            tables[row] = everything ? -count : count;
+        }
+        __syncthreads();
+        if (threadIdx.x < kWarp) {
+            auto* const ranks = reinterpret_cast<uint16_t*>(tables + call.rows);
+            int const lane = threadIdx.x;
+            int before = 0;
+            int rank = 0;
+            CUTLASS_PRAGMA_UNROLL
+            for (int sign = 1; sign >= -1; sign -= 2) {
+                for (int start = 0; start < call.rows; start += kWarp) {
+                    int const row = start + lane;
+                    int const count = row < call.rows ? max(0, sign * tables[row]) : 0;
+                    uint32_t const counted = __ballot_sync(~0u, count > 0);
+                    int sum = count;
+                    CUTLASS_PRAGMA_UNROLL
+                    for (int distance = 1; distance < kWarp; distance *= 2) {
+                        int const other = __shfl_up_sync(~0u, sum, distance);
+                        if (lane >= distance) { sum += other; }
+                    }
+                    if (count > 0) {
+                        tables[row] = before + sum - count;
+                        ranks[rank + __popc(counted & ((1u << lane) - 1))] = row;
+                    }
+                    before += __shfl_sync(~0u, sum, kWarp - 1);
+                    rank += __popc(counted);
+                }
+                if (lane == 0) { (sign > 0 ? estimates : units) = before; }
+            }
+            if (lane == 0) {
+                first_unit = tables;
+                ranked = ranks;
+            }
+        }
+        __syncthreads();
+    }
+
+    CUTLASS_DEVICE int steps() const { return estimates + units; }
+    // The unit of a step; up to `estimates`, it is estimated.
+    CUTLASS_DEVICE int unit_of(int step) const { return step < units ? step : step - units; }
+};
 
 // A unit of work and what is to be known of its row.
 struct Place {
@@ -109,15 +174,16 @@ struct Place {
     bool tracked;
     bool everything;  // whether all blocks are visited
 
-    // `first_unit`: see number_units.
-    CUTLASS_DEVICE Place(DecodeParams const& call, int const* first_unit, int index) {
-        row = 0;
-        for (int end = call.rows; row + 1 < end;) {
-            int const middle = (row + end) / 2;
-            (first_unit[middle] <= index ? row : end) = middle;
+    CUTLASS_DEVICE Place(DecodeParams const& call, Schedule const& schedule, int unit) {
+        int rank = 0;
+        for (int end = call.rows; rank + 1 < end;) {
+            int const middle = (rank + end) / 2;
+            (schedule.first_unit[schedule.ranked[middle]] <= unit ? rank : end) = middle;
         }
-        kv_head = (index - first_unit[row]) % call.kv_heads;
-        number = (index - first_unit[row]) / call.kv_heads;
+        row = schedule.ranked[rank];
+        int const of_row = unit - schedule.first_unit[row];
+        kv_head = of_row % call.kv_heads;
+        number = of_row / call.kv_heads;
         pair = static_cast<int64_t>(row) * call.kv_heads + kv_head;
         length = max(0, call.seq_lens[row]);
         blocks = ceil_div(length, kDecodeBlock);
@@ -126,33 +192,11 @@ struct Place {
         everything = visits_everything(call, row);
     }
 
+    // Units of the row and key head.
+    CUTLASS_DEVICE int units() const { return units_of(length, everything); }
+
     // Blocks that are visited whatever they weigh: the first, and the newest two, which may have no summary yet.
     CUTLASS_DEVICE bool forced(int block) const { return block == 0 || block >= blocks - 2; }
 };
-
-// Fills in which unit of work is the first of each row; behind the last row, how many there are. `count(row)`: how many units
-// each of the row's key heads has. Runs in a whole thread block.
-template <class Count>
-CUTLASS_DEVICE void number_units(DecodeParams const& call, int* first_unit, Count count) {
-    for (int row = threadIdx.x; row < call.rows; row += blockDim.x) { first_unit[row] = count(row) * call.kv_heads; }
-    __syncthreads();
-    if (threadIdx.x < kWarp) {
-        int before = 0;
-        for (int start = 0; start < call.rows; start += kWarp) {
-            int const row = start + threadIdx.x;
-            int const units = row < call.rows ? first_unit[row] : 0;
-            int sum = units;
-            CUTLASS_PRAGMA_UNROLL
-            for (int distance = 1; distance < kWarp; distance *= 2) {
-                int const other = __shfl_up_sync(~0u, sum, distance);
-                if (static_cast<int>(threadIdx.x) >= distance) { sum += other; }
-            }
-            if (row < call.rows) { first_unit[row] = before + sum - units; }
-            before += __shfl_sync(~0u, sum, kWarp - 1);
-        }
-        if (threadIdx.x == 0) { first_unit[call.rows] = before; }
-    }
-    __syncthreads();
-}
 
 }  // namespace lite_attention::sm90

@@ -15,6 +15,7 @@ struct WorkspaceLayout {
     int heads;     // places for the query heads of a key head: a power of two, and pairs of them are read at a time
     // Offsets in bytes.
     int64_t ended;
+    int64_t estimated;
     int64_t visited;
     int64_t expected;
     int64_t masses;
@@ -32,7 +33,8 @@ struct WorkspaceLayout {
         int64_t const pairs = rows * kv_heads;
         auto aligned = [](int64_t count) { return (count * 4 + 255) / 256 * 256; };
         ended = aligned(1);
-        visited = ended + aligned(pairs);
+        estimated = ended + aligned(pairs);
+        visited = estimated + aligned(pairs);
         expected = visited + aligned(pairs * words);
         masses = expected + aligned(pairs * segments * heads);
         lse = masses + aligned(pairs * words * kWordBlocks * heads);
