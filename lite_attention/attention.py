@@ -72,8 +72,8 @@ class LiteAttention(nn.Module):
 
         Args:
             threshold: as in `set_threshold`; None to set it later.
-            rule: when a block is cleared, ``running_max`` or ``mass``; see
-                `lite_attention.reference.forward`.
+            rule: when a block is cleared, ``running_max`` or ``mass``, and ``mass_summaries``, which has summaries
+                stand in for blocks that are skipped; see `lite_attention.reference.forward`.
             refresh_interval: every so many steps all blocks are visited; 0 for never.
             dense_heads: query heads that are to visit everything.
             enable_skipping: as in `enable_skip_optimization`.
@@ -159,7 +159,7 @@ class LiteAttention(nn.Module):
 
         Returns:
             Output, shape and dtype of ``query``; with ``return_softmax_lse`` also the log-sum-exp of the
-            visited scores, float32 (batch, heads, tokens_q), natural log.
+            visited scores, and of the estimates of ``mass_summaries``, float32 (batch, heads, tokens_q), natural log.
 
         Raises:
             TypeError, ValueError: a tensor or range is not what is expected.
@@ -273,6 +273,7 @@ class LiteAttention(nn.Module):
         visited = state.pairs_to_visit(must_visit, must_skip).masked_fill(thresholds == -math.inf, pairs)
         of_batch = pairs * len(visited)
         self._sparsity = 1.0 - visited.sum(dtype=torch.float64) / of_batch if of_batch else 0.0
+        before = state.mask.clone() if self.meter is not None and self.rule == "mass_summaries" else None
         out, lse = ops.forward(
             query,
             key,
@@ -288,7 +289,10 @@ class LiteAttention(nn.Module):
         )
         if self.meter is not None:
             dense = ops.forward(query, key, value, None, None, None, None, None, scale, False, self.rule)
-            self.meter.add(out, lse, *dense, self._sparsity, shape)
+            visited_lse = lse
+            if before is not None:
+                visited_lse = ops.visited_lse(query, key, value, before, thresholds, must_visit, must_skip, scale)
+            self.meter.add(out, visited_lse, *dense, self._sparsity, shape)
         return out, lse
 
     def _threshold_now(self, query: Tensor, key: Tensor) -> float | Tensor | None:

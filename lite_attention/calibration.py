@@ -76,6 +76,8 @@ class _Calibration(BaseModel):
         refresh_interval: every so many steps all blocks are visited; 0 for never.
         reached: each layer's cost in the last run.
         thresholds: of each layer.
+        stage: which operator the layers call.
+        shape: of the attention that they hold for.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -88,6 +90,8 @@ class _Calibration(BaseModel):
     refresh_interval: Annotated[int, Field(ge=0)]
     thresholds: dict[str, Annotated[float, Field(le=0)]]
     reached: dict[str, Cost]
+    stage: Literal["forward", "decode"]
+    shape: Shape | DecodeShape
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -123,6 +127,17 @@ class _Calibration(BaseModel):
                 f"differs in {missing[0]}{more}"
             )
 
+    def check_shape(self, shape: Shape | DecodeShape) -> None:
+        """Raises ValueError unless a model is of the shape that this was found for."""
+        if shape != self.shape:
+            raise ValueError(f"calibration: expected {self.shape}, as it was made for ({self.model}), got {shape}")
+
+    @property
+    def mean_threshold(self) -> float:
+        """Mean over the layers that skip; -inf where none does."""
+        finite = [threshold for threshold in self.thresholds.values() if threshold > -math.inf]
+        return sum(finite) / len(finite) if finite else -math.inf
+
     def mean(self) -> Cost:
         """What was reached, mean over the layers."""
         costs = [astuple(cost) for cost in self.reached.values()]
@@ -130,7 +145,7 @@ class _Calibration(BaseModel):
 
 
 class Calibration(_Calibration):
-    """For the denoising steps of a model, `lite_attention.LiteAttention`.
+    """For the denoising steps of a model, `lite_attention.LiteAttention`; a profile of a server.
 
     Attributes:
         rule: how layers skip.
@@ -151,17 +166,6 @@ class DecodeCalibration(_Calibration):
 
     stage: Literal["decode"]
     shape: DecodeShape
-
-    def check_shape(self, shape: DecodeShape) -> None:
-        """Raises ValueError unless a model is of the shape that this was found for."""
-        if shape != self.shape:
-            raise ValueError(f"calibration: expected {self.shape}, as it was made for ({self.model}), got {shape}")
-
-    @property
-    def mean_threshold(self) -> float:
-        """Mean over the layers that skip; -inf where none does."""
-        finite = [threshold for threshold in self.thresholds.values() if threshold > -math.inf]
-        return sum(finite) / len(finite) if finite else -math.inf
 
 
 def search(

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lite_attention.options import Rule
+from lite_attention.options import Rule, needs_lse
 from lite_attention.ranges import pack_bits, unpack_bits
-from lite_attention.reference import LOG2_E
+from lite_attention.reference import LOG2_E, SUMMARY_BEND, spread, summarize_blocks
 from lite_attention.tiles import BLOCK_K, TILE_Q, ceil_div
 
 
@@ -33,6 +33,9 @@ def forward(
     forced = nothing if must_visit is None else unpack_bits(must_visit, blocks)
     allowed = ~nothing if must_skip is None else ~unpack_bits(must_skip, blocks)
     positions = torch.arange(max(tokens_q, blocks * BLOCK_K), device=query.device)
+    summaries = summarize_blocks(key, value) if mask is not None and rule == "mass_summaries" else None
+    n_allowed = int(allowed.sum())
+    log2_counts = (tokens_k - positions[: blocks * BLOCK_K : BLOCK_K]).clamp(max=BLOCK_K).log2()
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty((batch, heads, tokens_q), dtype=torch.float32, device=query.device)
 
@@ -60,21 +63,32 @@ def forward(
                 tile_out, lse2, block_max, block_mass = _attend(
                     queries, _gather(key_blocks, visited), _gather(value_blocks, visited), visited, attended
                 )
+                judged = visited
+                if bits is not None and summaries is not None and len(visited) < n_allowed:
+                    skipped = allowed.clone()
+                    skipped[visited] = False
+                    stand_ins = skipped.nonzero().squeeze(1)
+                    mean, variance, mean_value = (part[row, stand_ins, kv_head].float() for part in summaries)
+                    estimates = log2_counts[stand_ins] + _estimate(queries, mean, variance)
+                    tile_out, lse2 = _add_stand_ins(tile_out, lse2, estimates, mean_value)
+                    # Behind them the blocks visited: the last is the first one visited, which stays where all would go.
+                    judged = torch.cat((stand_ins, visited))
+                    block_mass = torch.cat((estimates, block_mass), 1)
                 out[row, rows, head] = tile_out
                 lse[row, head, rows] = lse2 / LOG2_E
 
                 if bits is not None:
-                    if rule == "mass":
+                    if needs_lse(rule):
                         assert lse_state is not None
                         kept = _kept_by_mass(block_mass, lse_state[row, head, rows] * LOG2_E, threshold)
                         lse_state[row, head, rows] = lse[row, head, rows]
                     else:
                         kept = _kept_by_running_max(block_max, threshold)
-                    kept |= forced[visited]
+                    kept |= forced[judged]
                     if not kept.any():
                         kept[-1:] = True
                     bits[tile, :reach] = False
-                    bits[tile, visited] = kept
+                    bits[tile, judged] = kept
             if head_mask is not None and bits is not None:
                 head_mask.copy_(pack_bits(bits))
     return out, lse
@@ -126,6 +140,18 @@ def _attend(
     # A row that attends any key has a total of 1 or more.
     out = (weights.flatten(1) @ values) / total.clamp(min=1.0)[:, None]
     return out, row_base[:, 0] + total.log2(), block_max, base + block_sum.log2()
+
+
+def _estimate(queries: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """Log2 of the mean weight of a block's keys, (rows, blocks), from (rows, head_dim) and (blocks, head_dim) each."""
+    return queries @ mean.T + spread(queries.square() @ variance.T / LOG2_E**2, SUMMARY_BEND)
+
+
+def _add_stand_ins(out: Tensor, lse2: Tensor, estimates: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Output (rows, head_dim) and LSE (rows,), log2 units, with blocks of these masses, (rows, blocks), and values."""
+    estimated = torch.logsumexp(estimates / LOG2_E, 1) * LOG2_E
+    total = torch.logaddexp2(lse2, estimated)
+    return out * (lse2 - total).exp2()[:, None] + (estimates - total[:, None]).exp2() @ values, total
 
 
 def _kept_by_running_max(block_max: Tensor, threshold: float) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lite_attention import decode_cuda, forward_cpu, forward_cuda, reference
 from lite_attention.native import cpu as kernels
-from lite_attention.options import check_rule
+from lite_attention.options import check_rule, needs_lse
 from lite_attention.tiles import BLOCK_K, DECODE_BLOCK, TILE_Q, ceil_div, mask_words
 
 FORWARD_SCHEMA = (
@@ -84,6 +84,7 @@ def check_forward(
     thresholds: Tensor | None,
     must_visit: Tensor | None,
     must_skip: Tensor | None,
+    causal: bool,
     rule: str,
 ) -> None:
     """Check the arguments of `lite_attention.reference.forward`.
@@ -93,7 +94,9 @@ def check_forward(
         ValueError: a shape, device or the rule is not, or an argument is missing or of no use.
     """
     check_inputs(query, key, value)
-    check_rule(rule)
+    checked_rule = check_rule(rule)
+    if causal and checked_rule == "mass_summaries":
+        raise ValueError("causal: expected False with rule 'mass_summaries', got True")
     state = {
         "lse_state": lse_state,
         "thresholds": thresholds,
@@ -107,8 +110,8 @@ def check_forward(
         return
     if thresholds is None:
         raise ValueError("thresholds: expected a tensor beside a mask, got None")
-    if rule == "mass" and lse_state is None:
-        raise ValueError("lse_state: expected a tensor with rule 'mass', got None")
+    if needs_lse(checked_rule) and lse_state is None:
+        raise ValueError(f"lse_state: expected a tensor with rule {rule!r}, got None")
     batch, tokens_q, heads, _ = query.shape
     words = mask_words(ceil_div(key.shape[1], BLOCK_K))
     _check("mask", mask, (batch, heads, ceil_div(tokens_q, TILE_Q), words), torch.int32, query.device)
@@ -148,6 +151,24 @@ def forward(
     )
 
 
+def visited_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    thresholds: Tensor,
+    must_visit: Tensor | None,
+    must_skip: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Log-sum-exp of the scores that a step from ``mask`` visits, without estimates; ``mask`` stays as it is.
+
+    Arguments and result as `lite_attention.reference.forward`.
+    """
+    step = (mask.clone(), None, thresholds, must_visit, must_skip)
+    return forward(query, key, value, *step, scale, False, "running_max")[1]
+
+
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
@@ -161,8 +182,8 @@ def _checked(implementation: Callable[..., tuple[Tensor, Tensor]]) -> Callable[.
     """An implementation of ``forward`` behind the checks that are the same for all."""
 
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        *checked, _scale, _causal, rule = arguments
-        check_forward(*(*checked, rule))
+        *checked, _scale, causal, rule = arguments
+        check_forward(*(*checked, causal, rule))
         return implementation(*arguments)
 
     return forward

@@ -5,8 +5,18 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Literal, cast, get_args
 
-Rule = Literal["running_max", "mass"]
-"""When a key block is cleared; `lite_attention.reference.forward` defines both rules."""
+Rule = Literal["running_max", "mass", "mass_summaries"]
+"""When a key block is cleared, and what stands in for it: `lite_attention.reference.forward` defines the rules."""
+
+
+*_others, _last = map(repr, get_args(Rule))
+RULES_SHOWN = f"{', '.join(_others)} or {_last}"
+"""As an error shows what it expects."""
+
+
+def needs_lse(rule: Rule) -> bool:
+    """Whether the rule compares with the log-sum-exp of the step before, which the state then keeps."""
+    return rule != "running_max"
 
 
 def normalize_threshold(value: object, name: str = "threshold") -> float:
@@ -69,8 +79,7 @@ def check_rule(value: object, name: str = "rule") -> Rule:
         ValueError: it does not.
     """
     if value not in get_args(Rule):
-        expected = " or ".join(repr(rule) for rule in get_args(Rule))
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+        raise ValueError(f"{name}: expected {RULES_SHOWN}, got {value!r}")
     return cast(Rule, value)
 
 

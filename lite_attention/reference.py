@@ -4,11 +4,12 @@ Slow on purpose: one query tile and one key block at a time, in the order in whi
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lite_attention.options import Rule
+from lite_attention.options import Rule, needs_lse
 from lite_attention.ranges import pack_bits, unpack_bits
 from lite_attention.tiles import BLOCK_K, DECODE_BLOCK, TILE_Q, WORD_BITS, ceil_div
 
@@ -19,6 +20,61 @@ LOG2_E = math.log2(math.e)
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """Type in which scores and sums are kept: float64 for float64 inputs, else float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+class BlockSummaries(NamedTuple):
+    """What `forward` knows of a key block that it skips: (batch, blocks, kv_heads, head_dim) each, type of the keys."""
+
+    mean: Tensor
+    """Of the block's keys."""
+    variance: Tensor
+    """Of the block's keys in each channel, around their mean."""
+    value: Tensor
+    """Mean of the block's values."""
+
+
+def summarize_blocks(key: Tensor, value: Tensor) -> BlockSummaries:
+    """Summaries of all key blocks; only real tokens count in the last one.
+
+    Summed in float32 (float64 for float64), then rounded to the type of ``key``; a variance past its range is its
+    largest number.
+
+    Args:
+        key, value: (batch, tokens_k, kv_heads, head_dim).
+    """
+    batch, tokens_k, kv_heads, head_dim = key.shape
+    dtype = accumulation_dtype(key)
+    summaries = BlockSummaries(*key.new_empty(3, batch, ceil_div(tokens_k, BLOCK_K), kv_heads, head_dim))
+    for block, start in enumerate(range(0, tokens_k, BLOCK_K)):
+        keys = key[:, start : start + BLOCK_K].to(dtype)
+        mean = keys.mean(1)
+        variance = (keys - mean[:, None]).square().mean(1)
+        summaries.mean[:, block] = mean.to(key.dtype)
+        summaries.variance[:, block] = variance.clamp(max=torch.finfo(key.dtype).max).to(key.dtype)
+        summaries.value[:, block] = value[:, start : start + BLOCK_K].to(dtype).mean(1).to(value.dtype)
+    return summaries
+
+
+SUMMARY_BEND = 8.0
+"""Bend of the spread with which a summary of `BLOCK_K` keys takes part in `forward`: see `spread`.
+
+Half of it would weigh blocks that matter little somewhat better, but miss more of those that should come back.
+"""
+
+
+def spread(variance: Tensor, bend: float) -> Tensor:
+    """How much heavier than keys at their mean a block's keys are, log2 units, for scores of this variance.
+
+    The mass of n keys with score s is n times the mean of exp(s); its log is log n + mean(s) + var(s) / 2 + ..., the
+    cumulants, of which Gaussian scores have no others. But n keys are finite: their mass is never more than that of
+    the largest n times over, whose score grows as the deviation, not as the variance. So instead of v / 2 it is
+    A (sqrt(1 + v / A) - 1), v / 2 for small v and sqrt(A v) for large.
+
+    Args:
+        variance: v, of scores in natural units.
+        bend: A.
+    """
+    return bend * (torch.sqrt(1 + variance / bend) - 1) * LOG2_E
 
 
 def forward(
@@ -33,6 +89,7 @@ def forward(
     scale: float,
     causal: bool,
     rule: Rule,
+    summaries: BlockSummaries | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one step, visiting what ``mask`` says and clearing in it what the next step may skip.
 
@@ -44,6 +101,11 @@ def forward(
       is never cleared.
     - ``mass``: log2(sum(2**s in block)) - LSE of the step before, in log2 units, <= threshold. Rows whose LSE
       is +inf (no step before) never agree. Where all blocks would go, the first one visited stays.
+    - ``mass_summaries``: the same, and a block that is skipped stays in the softmax by its summary, and comes back by
+      it. A row q with a = ``scale`` estimates the mass of a block of n keys, in natural units, as
+      ``log n + a q·mean + A (sqrt(1 + v / A) - 1)``, where ``v = a**2 sum(q**2 variance)`` and A = `SUMMARY_BEND` (why:
+      `spread`). With that mass and its mean value the block takes part, and its bit is set again unless every row
+      agrees that the estimate, in place of the sum, is as small. Blocks of ``must_skip`` have no part in this.
 
     ``must_visit`` blocks are never cleared. A comparison with NaN is not agreement. With ``causal``, query i
     attends keys up to ``i + tokens_k - tokens_q``; blocks that no row of the tile attends are not visited and
@@ -56,18 +118,21 @@ def forward(
         mask: int32 (batch, heads, tiles, words), 1 = visit, updated in place; bits past the last block are
             ignored and written 0. None: dense attention, and the four arguments after it are None.
         lse_state: float32 (batch, heads, tokens_q), natural log, +inf before the first step; read and updated
-            in place by ``mass``, ignored by ``running_max``.
+            in place by ``mass`` and ``mass_summaries``, ignored by ``running_max``.
         thresholds: float32 (batch,), log2 units. A row at -inf is dense: it visits every block, forced ranges
             or not, and leaves ``mask`` and ``lse_state`` as they are.
         must_visit: int32 (words,), blocks that every tile visits.
         must_skip: int32 (words,), blocks that no tile visits; stronger than ``must_visit``.
         scale: factor of q·k.
-        causal: whether attention is causal, aligned at the last query and key.
+        causal: whether attention is causal, aligned at the last query and key; not with ``mass_summaries``.
         rule: when a block is cleared.
+        summaries: as `summarize_blocks` gives them, which ``mass_summaries`` calls where this is None. Give those of
+            the operator's inputs where these here are of a wider type.
 
     Returns:
-        Output, shape and type of ``query``, 0 for a query that attends no key; and LSE of the visited scores,
-        (batch, heads, tokens_q), natural log, -inf for such a query, float32 (float64 for float64 inputs).
+        Output, shape and type of ``query``, 0 for a query that attends no key; and LSE of the visited scores and of
+        the estimates that took part, (batch, heads, tokens_q), natural log, -inf for such a query, float32 (float64 for
+        float64 inputs).
     """
     dtype = accumulation_dtype(query)
     batch, tokens_q, heads, _ = query.shape
@@ -77,36 +142,46 @@ def forward(
     forbidden = unpack_bits(must_skip, blocks).tolist() if must_skip is not None else [False] * blocks
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.full((batch, heads, tokens_q), -math.inf, dtype=dtype, device=query.device)
+    if rule == "mass_summaries" and mask is not None and summaries is None:
+        summaries = summarize_blocks(key, value)
 
     for row in range(batch):
         threshold = float(thresholds[row]) if mask is not None and thresholds is not None else -math.inf
         for head in range(heads):
-            keys = key[row, :, head * kv_heads // heads].to(dtype)
-            values = value[row, :, head * kv_heads // heads].to(dtype)
+            kv_head = head * kv_heads // heads
+            keys, values = key[row, :, kv_head].to(dtype), value[row, :, kv_head].to(dtype)
             for tile in range(ceil_div(tokens_q, TILE_Q)):
                 queries = torch.arange(tile * TILE_Q, min((tile + 1) * TILE_Q, tokens_q), device=query.device)
                 attended = queries + (tokens_k - tokens_q) if causal else torch.full_like(queries, tokens_k - 1)
                 in_reach = range(ceil_div(max(int(attended[-1]) + 1, 0), BLOCK_K))
                 bits = [True] * blocks
-                visited = list(in_reach)
+                visited = allowed = list(in_reach)
                 if mask is not None and threshold > -math.inf:
                     bits = unpack_bits(mask[row, head, tile], blocks).tolist()
                     allowed = [block for block in in_reach if not forbidden[block]]
                     visited = [block for block in allowed if bits[block] or forced[block]] or allowed
 
-                scores = {}
+                # What takes part: scores and values of the keys of a visited block, or one of each for a summary.
+                tile_query = query[row, queries, head].to(dtype) * (scale * LOG2_E)
+                scores, part_values = {}, {}
                 for block in visited:
                     positions = torch.arange(block * BLOCK_K, min((block + 1) * BLOCK_K, tokens_k), device=query.device)
-                    products = query[row, queries, head].to(dtype) @ keys[positions].T
                     hidden = positions > attended[:, None]
-                    scores[block] = (products * (scale * LOG2_E)).masked_fill(hidden, -math.inf)
-                if visited:
-                    weights, lse[row, head, queries] = _softmax(torch.cat([scores[b] for b in visited], dim=1))
-                    visible = torch.cat([values[b * BLOCK_K : (b + 1) * BLOCK_K] for b in visited])
-                    out[row, queries, head] = (weights @ visible).to(out.dtype)
+                    scores[block] = (tile_query @ keys[positions].T).masked_fill(hidden, -math.inf)
+                    part_values[block] = values[positions]
+                if rule == "mass_summaries" and summaries is not None:
+                    for block in (block for block in allowed if block not in scores):
+                        mean, variance, mean_value = (part[row, block, kv_head].to(dtype) for part in summaries)
+                        log2_count = math.log2(min(BLOCK_K, tokens_k - block * BLOCK_K))
+                        extra = spread(tile_query.square() @ variance / LOG2_E**2, SUMMARY_BEND)
+                        scores[block] = (log2_count + tile_query @ mean + extra)[:, None]
+                        part_values[block] = mean_value[None]
+                if scores:
+                    weights, lse[row, head, queries] = _softmax(torch.cat(list(scores.values()), dim=1))
+                    out[row, queries, head] = (weights @ torch.cat(list(part_values.values()))).to(out.dtype)
 
                 if mask is not None and threshold > -math.inf:
-                    if rule == "mass":
+                    if needs_lse(rule):
                         assert lse_state is not None
                         kept = _kept_by_mass(scores, lse_state[row, head, queries] * LOG2_E, threshold)
                         lse_state[row, head, queries] = lse[row, head, queries].float()
@@ -216,8 +291,7 @@ def estimate(query: Tensor, summaries: Tensor, bend: float) -> Tensor:
     """Log2 of the mass of whole blocks: the outlier's, and the others' if Gaussian and independent in each channel.
 
     With a = softmax scale, n = `DECODE_BLOCK` - 1, A = bend and v = a^2 sum(q^2 deviation^2), in natural units the
-    others have log(n) + a q.mean + A (sqrt(1 + v / A) - 1). For small v the last term is v / 2, as for infinitely many
-    keys; for large v it grows as the largest of n keys does, sqrt(A v).
+    others have log(n) + a q.mean + A (sqrt(1 + v / A) - 1): see `spread`.
 
     Args:
         query: (heads, head_dim), times a * log2(e).
@@ -229,8 +303,7 @@ def estimate(query: Tensor, summaries: Tensor, bend: float) -> Tensor:
     """
     outlier, mean, deviation = (part.to(query.dtype) for part in read_summaries(summaries))
     variance = query.square() @ deviation.square().T / LOG2_E**2
-    spread = bend * (torch.sqrt(1 + variance / bend) - 1) * LOG2_E
-    others = math.log2(DECODE_BLOCK - 1) + query @ mean.T + spread
+    others = math.log2(DECODE_BLOCK - 1) + query @ mean.T + spread(variance, bend)
     return torch.logaddexp2(query @ outlier.T, others)
 
 

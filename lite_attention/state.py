@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lite_attention.options import Rule, check_rule
+from lite_attention.options import Rule, check_rule, needs_lse
 from lite_attention.ranges import (
     Range,
     all_blocks,
@@ -26,7 +26,7 @@ class SkipState:
         mask: int32 (slots, heads, tiles, words), 1 = visit; see `lite_attention.ranges` for the order of
             bits.
         lse: float32 (slots, heads, tokens_q), natural log-sum-exp of the step before, +inf before the first
-            step; None unless the rule is ``mass``.
+            step; None with the rule ``running_max``.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class SkipState:
         self._fresh_words = all_blocks(self.blocks, device)
         self.mask = self._fresh_words.repeat(slots, heads, tiles, 1)
         self.lse: Tensor | None = None
-        if rule == "mass":
+        if needs_lse(self.rule):
             self.lse = torch.full((slots, heads, tokens_q), torch.inf, dtype=torch.float32, device=device)
 
     @classmethod
@@ -97,7 +97,7 @@ class SkipState:
         return 1.0 - int(count_bits(mask).sum()) / pairs if pairs else 0.0
 
     def memory_bytes(self) -> int:
-        """Bytes of the mask and, with the rule ``mass``, of the log-sum-exp."""
+        """Bytes of the mask and, where the rule needs it, of the log-sum-exp."""
         return self.mask.nbytes + (self.lse.nbytes if self.lse is not None else 0)
 
     def reset(self, slots: int | Sequence[int] | Tensor | None = None) -> None:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Self, TypeVar
+from functools import partial
+from typing import Annotated, Any, Final, Self, TypeVar, cast, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from lite_attention.calibration import DecodeCalibration
+from lite_attention.calibration import Calibration, DecodeCalibration
+from lite_attention.options import RULES_SHOWN, Rule
 
 PREFIX: Final = "lite_attn_"
 CONFIG_KEY: Final = "lite_attn"
@@ -81,15 +83,24 @@ def _name(value: Any) -> str | None:
     raise ValueError("expected the name of a profile")
 
 
-def _profiles(value: Any) -> dict[str, DecodeCalibration]:
+def _rule(value: Any) -> Rule:
+    if value in get_args(Rule):
+        return cast(Rule, value)
+    raise ValueError(f"expected {RULES_SHOWN}")
+
+
+Profile = TypeVar("Profile", Calibration, DecodeCalibration)
+
+
+def _profiles(kind: type[Profile], value: Any) -> dict[str, Profile]:
     if not isinstance(value, Mapping):
         raise ValueError("expected a table with a file of lite-attention calibrate for each name")
     profiles = {}
     for name, file in value.items():
-        if not (isinstance(name, str) and name) or not isinstance(file, str | DecodeCalibration):
+        if not (isinstance(name, str) and name and isinstance(file, str | kind)):
             raise ValueError(f"expected a file of lite-attention calibrate for each name, got {_shown({name: file})}")
         try:
-            profiles[name] = file if isinstance(file, DecodeCalibration) else DecodeCalibration.load(file)
+            profiles[name] = kind.load(file) if isinstance(file, str) else file
         except (OSError, ValueError) as error:
             raise ValueError(f"{_shown(name)}: {error}") from None
     return profiles
@@ -106,7 +117,8 @@ class SkipOptions(BaseModel):
     """How one sequence skips.
 
     `threshold` is log2 of a share of the softmax, zero or less; -inf never skips. All blocks are visited in
-    the first `warmup_steps` decode steps and then in every `refresh_interval`-th one (0 is never).
+    the first `warmup_steps` decode steps and then in every `refresh_interval`-th one (0 is never). With `profile`, the
+    name of one of the server's, each layer has a threshold of its own, and `threshold` is the mean of those that skip.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -115,6 +127,7 @@ class SkipOptions(BaseModel):
     enable: Switch
     refresh_interval: Steps
     warmup_steps: Steps
+    profile: Name = None
 
     @property
     def skips(self) -> bool:
@@ -122,12 +135,7 @@ class SkipOptions(BaseModel):
 
 
 class RequestOptions(SkipOptions):
-    """How one request to a language model skips, and by which of the server's profiles; None for no profile.
-
-    With a profile `threshold` is the mean of its layers', as far as they skip.
-    """
-
-    profile: Name = None
+    """How one request to a language model skips."""
 
 
 class DenoiseOptions(SkipOptions):
@@ -145,13 +153,17 @@ DENSE: Final = RequestOptions(threshold=-math.inf, enable=False, refresh_interva
 
 
 class _ServerOptions(SkipOptions):
-    """What a request gets that does not say, and the highest threshold that a request may ask for."""
+    """What a request gets that does not say, and what it may ask for.
+
+    That is a threshold up to `max_threshold`, or one of `profiles`; one that names neither gets `profile`.
+    """
 
     threshold: Threshold = -math.inf
     enable: Switch = True
     refresh_interval: Steps = 0
     warmup_steps: Steps = 0
     max_threshold: Threshold | None = None
+    profiles: Mapping[str, Calibration | DecodeCalibration] = {}
 
     @classmethod
     def from_additional_config(cls, config: object) -> Self:
@@ -171,30 +183,13 @@ class _ServerOptions(SkipOptions):
 
     def check(self, prefix: str) -> None:
         """Raises ValueError where options contradict each other; it names them behind `prefix`."""
-        if self.max_threshold is not None and self.threshold > self.max_threshold:
-            limit = f"{prefix}max_threshold = {self.max_threshold}"
-            raise ValueError(f"{prefix}threshold: expected at most {limit}, got {self.threshold}")
-
-
-class ServerOptions(_ServerOptions):
-    """Of a server of a language model.
-
-    Requests may name one of `profiles`; one that names neither a profile nor a threshold gets `profile`. What skipping
-    costs is measured in a share of the decode tokens that skip, `check_share`.
-    """
-
-    threshold: Threshold = -7.5
-    profiles: Annotated[dict[str, DecodeCalibration], BeforeValidator(_profiles)] = {}
-    profile: Name = None
-    check_share: Share = 0.0
-
-    def check(self, prefix: str) -> None:
         if self.profile is None:
-            super().check(prefix)
-            return
-        if "threshold" in self.model_fields_set:
+            if self.max_threshold is not None and self.threshold > self.max_threshold:
+                limit = f"{prefix}max_threshold = {self.max_threshold}"
+                raise ValueError(f"{prefix}threshold: expected at most {limit}, got {self.threshold}")
+        elif "threshold" in self.model_fields_set:
             raise ValueError(f"{prefix}threshold: expected none beside {prefix}profile, got {self.threshold}")
-        if self.profile not in self.profiles:
+        elif self.profile not in self.profiles:
             raise ValueError(f"{prefix}profile: expected {self.known_profiles()}, got {_shown(self.profile)}")
 
     def known_profiles(self) -> str:
@@ -204,11 +199,34 @@ class ServerOptions(_ServerOptions):
         return f"one of {names}" + (f" and {more} more" if more > 0 else "") if names else "none, there are no profiles"
 
 
+class ServerOptions(_ServerOptions):
+    """Of a server of a language model.
+
+    What skipping costs is measured in a share of the decode tokens that skip, `check_share`.
+    """
+
+    threshold: Threshold = -7.5
+    profiles: Annotated[dict[str, DecodeCalibration], BeforeValidator(partial(_profiles, DecodeCalibration))] = {}
+    check_share: Share = 0.0
+
+
 class DenoiseServerOptions(_ServerOptions):
-    """Of a server of a diffusion model."""
+    """Of a server of a diffusion model.
+
+    All requests skip by the same `rule`, which decides what memory their states take.
+    """
 
     threshold: Threshold = -8.0
     cooldown_steps: Steps = 0
+    rule: Annotated[Rule, BeforeValidator(_rule)] = "running_max"
+    profiles: Annotated[dict[str, Calibration], BeforeValidator(partial(_profiles, Calibration))] = {}
+
+    def check(self, prefix: str) -> None:
+        super().check(prefix)
+        for name, profile in self.profiles.items():
+            if profile.rule != self.rule:
+                wanted = f"one for the rule {self.rule}, which is {prefix}rule"
+                raise ValueError(f"{prefix}profiles: {_shown(name)}: expected {wanted}, got one for {profile.rule}")
 
 
 def parse_request(extra_args: object, server: ServerOptions) -> RequestOptions:
@@ -224,23 +242,7 @@ def parse_request(extra_args: object, server: ServerOptions) -> RequestOptions:
         for key, value in extra_args.items()
         if isinstance(key, str) and key.startswith(PREFIX)
     }
-    name = given.get("profile", None if "threshold" in given else server.profile)
-    if not isinstance(name, str):  # none, or what validation refuses
-        return _options(RequestOptions, given | {"profile": name}, server, PREFIX, server.max_threshold)
-    if "threshold" in given:
-        message = f"expected none beside {PREFIX}profile, which says it, got {_shown(given['threshold'])}"
-        raise LiteParamError(f"{PREFIX}threshold: {message}", f"{PREFIX}threshold")
-    profile = server.profiles.get(name)
-    if profile is None:
-        message = f"{PREFIX}profile: expected {server.known_profiles()}, got {_shown(name)}"
-        raise LiteParamError(message, f"{PREFIX}profile")
-    threshold = profile.mean_threshold
-    if threshold > -math.inf:
-        threshold = max(threshold, -MAX_THRESHOLD_SIZE)
-    of_profile = {"profile": name, "threshold": threshold}
-    return _options(
-        RequestOptions, {"refresh_interval": profile.refresh_interval, **given, **of_profile}, server, PREFIX, None
-    )
+    return _parse(RequestOptions, given, server, PREFIX)
 
 
 def parse_denoise_request(extra_args: object, server: DenoiseServerOptions) -> DenoiseOptions:
@@ -249,8 +251,25 @@ def parse_denoise_request(extra_args: object, server: DenoiseServerOptions) -> D
     given = _mapping(extra_args.get(CONFIG_KEY), CONFIG_KEY)
     # One that a language model would have understood must not be passed over in silence.
     unknown = {key: value for key, value in extra_args.items() if isinstance(key, str) and key.startswith(PREFIX)}
-    given = {**given, **unknown}
-    return _options(DenoiseOptions, given, server, f"{CONFIG_KEY}.", server.max_threshold)
+    return _parse(DenoiseOptions, {**given, **unknown}, server, f"{CONFIG_KEY}.")
+
+
+def _parse(model: type[Options], given: Mapping[Any, Any], server: _ServerOptions, prefix: str) -> Options:
+    name = given.get("profile", None if "threshold" in given else server.profile)
+    if not isinstance(name, str):  # none, or what validation refuses
+        return _options(model, {**given, "profile": name}, server, prefix, server.max_threshold)
+    if "threshold" in given:
+        message = f"expected none beside {prefix}profile, which says it, got {_shown(given['threshold'])}"
+        raise LiteParamError(f"{prefix}threshold: {message}", f"{prefix}threshold")
+    profile = server.profiles.get(name)
+    if profile is None:
+        message = f"{prefix}profile: expected {server.known_profiles()}, got {_shown(name)}"
+        raise LiteParamError(message, f"{prefix}profile")
+    threshold = profile.mean_threshold
+    if threshold > -math.inf:
+        threshold = max(threshold, -MAX_THRESHOLD_SIZE)
+    of_profile = {"profile": name, "threshold": threshold}
+    return _options(model, {"refresh_interval": profile.refresh_interval, **given, **of_profile}, server, prefix, None)
 
 
 def _mapping(value: object, name: str) -> Mapping[Any, Any]:

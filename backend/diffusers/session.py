@@ -143,7 +143,7 @@ def calibrate(
         return LiteAttention(thresholds[layer], **options)
 
     with _metered(pipeline, make, warmup_steps, cooldown_steps) as meters:
-        model = pipeline.name_or_path or type(pipeline).__name__
+        model = str(pipeline.name_or_path or type(pipeline).__name__)
         return find(costs_at, meters, wanted, model=model, inputs=inputs, **options)
 
 
@@ -468,7 +468,7 @@ class _Session:
         self.total_steps = 0
         self.transformers = self._transformers()
         layers = [layer.name for hook in self.transformers for layer in hook.layers.values()]
-        self.report = Report(layers, title=pipeline.name_or_path or type(pipeline).__name__)
+        self.report = Report(layers, title=str(pipeline.name_or_path or type(pipeline).__name__))
         self._scheduler: Any = None
 
     def _transformers(self) -> list[_Transformer]:

@@ -40,6 +40,9 @@ class LiteAttentionImpl(AttentionImpl):
 
     Attributes:
         number: of the layer in this process.
+        name: of a long layer in its pipeline, as calibrations call it; "" before its first request.
+        heads: query heads of the layer, on all tensor-parallel ranks together.
+        head_dim: of a head.
         scale: factor of q·k.
         reason: why this layer can never skip; None if it can.
         is_long: whether it attends over the picture or video of a transformer that is known.
@@ -75,6 +78,10 @@ class LiteAttentionImpl(AttentionImpl):
             num_kv_heads=num_kv_heads,
             **extra,
         )
+        ranks = 1 if config is None else getattr(config.parallel_config, "tensor_parallel_size", 1)
+        self.name = ""
+        self.heads = num_heads * ranks
+        self.head_dim = head_size
         self.scale = softmax_scale
         self.reason = "a layer is causal" if causal else None
         self.is_long = False

@@ -25,8 +25,10 @@ from lite_attention import ops
 from lite_attention.backend.denoising import state_at, text_ranges, valid_keys
 from lite_attention.backend.omni.models import Family, conditioning, family_of
 from lite_attention.backend.omni.pool import PooledAttention, StatePool
+from lite_attention.calibration import Calibration
+from lite_attention.options import Rule
 from lite_attention.ranges import Range
-from lite_attention.serving.params import DenoiseOptions
+from lite_attention.serving.params import CONFIG_KEY, DenoiseOptions, LiteParamError
 from lite_attention.tiles import BLOCK_K, TILE_Q, ceil_div
 
 if TYPE_CHECKING:
@@ -51,6 +53,9 @@ class Request:
 
     Attributes:
         rows: how many rows of a batch are its own.
+        rule: by which its layers skip.
+        profile: thresholds of the layers; None where the options' is that of all.
+        refusal: why it cannot be served, found out while it was executed.
         states: by branch and layer, with the step at which each was last used.
         visited, total: (query tile, key block) pairs, over all layers, branches and steps.
     """
@@ -58,13 +63,26 @@ class Request:
     request_id: str
     options: DenoiseOptions
     rows: int
+    rule: Rule = "running_max"
+    profile: Calibration | None = None
+    refusal: LiteParamError | None = None
     states: dict[tuple[int, int], tuple[PooledAttention, int]] = field(default_factory=dict)
     visited: Tensor | float = 0.0
     total: int = 0
 
-    def make(self, pool: StatePool) -> PooledAttention:
-        """A layer's state."""
-        return PooledAttention(pool, self.options.threshold, refresh_interval=self.options.refresh_interval)
+    def make(self, pool: StatePool, layer: str) -> PooledAttention:
+        """The state of a layer, by its name."""
+        threshold = self.options.threshold if self.profile is None else self.profile.thresholds[layer]
+        return PooledAttention(pool, threshold, rule=self.rule, refresh_interval=self.options.refresh_interval)
+
+    def check_keys(self, keys: int) -> None:
+        """Note a refusal unless attention to so many keys is what the profile was made for."""
+        if self.profile is not None and keys != self.profile.shape.tokens:
+            name = f"{CONFIG_KEY}.profile"
+            wanted = f"one for the {keys:,} keys of this video or picture"
+            self.refusal = LiteParamError(
+                f"{name}: expected {wanted}, got {self.options.profile!r}, made for {self.profile.shape.tokens:,}", name
+            )
 
     def release(self) -> None:
         """Give all states back."""
@@ -143,7 +161,11 @@ class Execution:
     def attend(
         self, layer: LiteAttentionImpl, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Attention of one layer, tensors (batch, tokens, heads, head_dim); `mask` as the stock backend takes it."""
+        """Attention of one layer, tensors (batch, tokens, heads, head_dim); `mask` as the stock backend takes it.
+
+        Raises:
+            LiteParamError: all requests are refused. Those beside others are dense, so that nobody notices them.
+        """
         call = self._call
         rows = [request.rows for request in self.requests] if len(self.requests) > 1 else [query.shape[0]]
         reason = self._obstacle(rows, query, key, value) if self.skips or self.census is not None else None
@@ -188,6 +210,12 @@ class Execution:
         if not options.skips:
             return layer.dense(query, key, value, mask)
         keys = key.shape[1] if mask is None else call.valid_keys(place, mask)
+        if keys:
+            request.check_keys(keys)
+        if request.refusal is not None:
+            if all(other.refusal is not None for other in self.requests):
+                raise request.refusal
+            return layer.dense(query, key, value, mask)
         total = self._total_steps() if options.cooldown_steps else None
         reason = None
         if not keys:
@@ -199,7 +227,7 @@ class Execution:
             say_once(reason)
             request.count(query, key.shape[1], 0.0)
             return layer.dense(query, key, value, mask)
-        make = functools.partial(request.make, self.pool)
+        make = functools.partial(request.make, self.pool, layer.name)
         attention = state_at(request.states, (call.branch, layer.number), call.step, make)
         ranges = call.text_ranges(key.shape[1], keys)
         out: Tensor = attention(query, key[:, :keys], value[:, :keys], layer.scale, must_visit=ranges)
@@ -291,6 +319,21 @@ def _implementation(module: nn.Module) -> LiteAttentionImpl | None:
     return found if isinstance(found, LiteAttentionImpl) else None
 
 
+def long_layers(pipeline: Any) -> dict[str, LiteAttentionImpl]:
+    """Our implementations in the long self-attentions of a pipeline, by the names that calibrations have for them."""
+    found: dict[str, LiteAttentionImpl] = {}
+    for place, transformer in pipeline.named_modules():
+        family = family_of(transformer)
+        if family is None:
+            continue
+        for name, module in transformer.named_modules():
+            layer = _implementation(module)
+            if layer is not None and family.layers.fullmatch(name):
+                # vLLM-Omni's module, .attn, in the one that has this name in diffusers.
+                found[f"{place}.{name.removesuffix('.attn')}"] = layer
+    return found
+
+
 def _attach(pipeline: Any) -> Census | None:
     """Hook the transformers of a pipeline, and tell their long attentions that they may skip. Idempotent.
 
@@ -301,21 +344,20 @@ def _attach(pipeline: Any) -> Census | None:
 
     if getattr(pipeline, _ATTACHED, False):
         return None
-    long: set[LiteAttentionImpl] = set()
     for transformer in pipeline.modules():
         family = family_of(transformer)
         if family is not None:
             _hook(transformer, family)
-            layers = {name: _implementation(module) for name, module in transformer.named_modules()}
-            long |= {layer for name, layer in layers.items() if layer is not None and family.layers.fullmatch(name)}
+    long = long_layers(pipeline)
+    for name, layer in long.items():
+        layer.name, layer.is_long = name, True
     if not long:
         say_once(f"{type(pipeline).__name__} has no transformer that it knows")
     census: Census = {}
     for module in pipeline.modules():
-        layer = _implementation(module)
-        if layer is not None:
-            layer.is_long = layer in long
-            census[layer] = layer.reason if layer.is_long else "no long self-attention of a transformer that it knows"
+        impl = _implementation(module)
+        if impl is not None:
+            census[impl] = impl.reason if impl.is_long else "no long self-attention of a transformer that it knows"
         elif isinstance(module, Attention):
             census[module] = "another backend was asked for"
     setattr(pipeline, _ATTACHED, True)

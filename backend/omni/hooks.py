@@ -18,17 +18,27 @@ import copy
 import itertools
 import os
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lite_attention.backend.omni.execution import Request, executing, uses_lite_attention
+from lite_attention.backend.omni.execution import Request, executing, long_layers, uses_lite_attention
 from lite_attention.backend.omni.pool import StatePool
 from lite_attention.backend.vllm.plugin import metrics_directory
 from lite_attention.backend.wrapping import wrap
+from lite_attention.costs import Shape
 from lite_attention.serving import metrics
-from lite_attention.serving.params import DenoiseOptions, DenoiseServerOptions, LiteParamError, parse_denoise_request
+from lite_attention.serving.params import (
+    CONFIG_KEY,
+    DenoiseOptions,
+    DenoiseServerOptions,
+    LiteParamError,
+    parse_denoise_request,
+)
+
+if TYPE_CHECKING:
+    from lite_attention.backend.omni.attention import LiteAttentionImpl
 
 TESTED_VERSIONS = ("0.26", "0.30")
 """Minor releases of vLLM-Omni that this adapter was run on."""
@@ -47,8 +57,9 @@ class _Stage:
         pool: memory of its requests' states.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, pipeline: Any) -> None:
         self.server = _server_options(config)
+        _check_profiles(self.server, long_layers(pipeline))
         slots = int(getattr(config, "max_num_seqs", None) or 1)
         path = metrics_directory() / f"omni-{os.getpid()}-{next(_stages)}"
         self.counters = metrics.StepCounters.create(path, slots=slots)
@@ -57,15 +68,31 @@ class _Stage:
 
     @classmethod
     def of(cls, runner: Any) -> _Stage | None:
-        """The stage of a runner, made when it is first asked for; None where no layer is ours."""
+        """The stage of a runner, made when it is first asked for; None where no layer is ours.
+
+        Raises:
+            ValueError: a profile was made for another model.
+        """
         if not hasattr(runner, "lite_attn_stage"):
-            runner.lite_attn_stage = cls(runner.od_config) if uses_lite_attention(runner.pipeline) else None
+            pipeline = runner.pipeline
+            runner.lite_attn_stage = cls(runner.od_config, pipeline) if uses_lite_attention(pipeline) else None
         stage: _Stage | None = runner.lite_attn_stage
         return stage
 
 
 def _server_options(config: Any) -> DenoiseServerOptions:
     return DenoiseServerOptions.from_additional_config(getattr(config, "additional_config", None))
+
+
+def _check_profiles(server: DenoiseServerOptions, layers: Mapping[str, LiteAttentionImpl]) -> None:
+    """Raises ValueError unless all profiles are for the layers of this model; the number of keys is a request's."""
+    for name, profile in server.profiles.items():
+        try:
+            profile.check_layers(layers)
+            for layer in layers.values():
+                profile.check_shape(Shape(profile.shape.tokens, layer.heads, layer.head_dim))
+        except ValueError as error:
+            raise ValueError(f"additional_config.{CONFIG_KEY}.profiles: {name!r}: {error}") from None
 
 
 def install(config: Any) -> None:
@@ -106,7 +133,8 @@ def _parse(request: Any, server: DenoiseServerOptions) -> Request:
     params = request.sampling_params
     dummy = request.is_dummy_run_request_id(request.request_id)
     options = _DUMMY if dummy else parse_denoise_request(params.extra_args, server)
-    return Request(request.request_id, options, params.num_outputs_per_prompt or 1)
+    profile = None if options.profile is None else server.profiles[options.profile]
+    return Request(request.request_id, options, params.num_outputs_per_prompt or 1, server.rule, profile)
 
 
 def _refusal(error: LiteParamError) -> Any:
@@ -133,10 +161,10 @@ def _execute_model(original: Callable[..., Any], self: Any, req: Any, *args: Any
         return original(self, req, *args, **kwargs)
     try:
         request = _parse(req, stage.server)
+        with _running(stage, self.pipeline, [request]):
+            output = original(self, req, *args, **kwargs)
     except LiteParamError as error:
         return _refusal(error)
-    with _running(stage, self.pipeline, [request]):
-        output = original(self, req, *args, **kwargs)
     _finish(stage, request, output)
     return output
 
@@ -152,22 +180,28 @@ def _execute_model_batch(
     scheduled = scheduler_output.scheduled_new_reqs
     requests: list[Request] = []
     outputs: dict[str, Any] = {}
+
+    def refuse(request_id: str, error: LiteParamError) -> None:
+        outputs[request_id] = RunnerOutput(
+            request_id=request_id, step_index=None, finished=True, result=_refusal(error)
+        )
+
     for new in scheduled:
         try:
             requests.append(_parse(new.req, stage.server))
         except LiteParamError as error:
-            refusal = _refusal(error)
-            outputs[new.request_id] = RunnerOutput(
-                request_id=new.request_id, step_index=None, finished=True, result=refusal
-            )
+            refuse(new.request_id, error)
     if requests:
         good = copy.copy(scheduler_output)
         good.scheduled_new_reqs = [new for new in scheduled if new.request_id not in outputs]
-        with _running(stage, self.pipeline, requests):
+        with suppress(LiteParamError), _running(stage, self.pipeline, requests):
             done = original(self, good, *args, **kwargs).runner_outputs
             outputs |= {output.request_id: output for output in done}
         for request in requests:
-            _finish(stage, request, outputs[request.request_id].result)
+            if request.refusal is not None:
+                refuse(request.request_id, request.refusal)
+            else:
+                _finish(stage, request, outputs[request.request_id].result)
     return BatchRunnerOutput.from_list([outputs[new.request_id] for new in scheduled])
 
 

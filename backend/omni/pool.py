@@ -101,8 +101,10 @@ class StatePool:
 class PooledAttention(LiteAttention):
     """`LiteAttention` whose state lies in the memory of a pool until it is released."""
 
-    def __init__(self, pool: StatePool, threshold: float, *, refresh_interval: int = 0) -> None:
-        super().__init__(threshold, refresh_interval=refresh_interval)
+    def __init__(
+        self, pool: StatePool, threshold: float, *, rule: Rule = "running_max", refresh_interval: int = 0
+    ) -> None:
+        super().__init__(threshold, rule=rule, refresh_interval=refresh_interval)
         self._pool = pool
 
     def release(self) -> None:

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from lite_attention import LiteAttention
+from lite_attention import LiteAttention, ops
 from lite_attention.options import Rule
-from lite_attention.reference import LOG2_E
+from lite_attention.reference import LOG2_E, SUMMARY_BEND, spread
 from lite_attention.tiles import BLOCK_K, TILE_Q, ceil_div
 
 SCORES_AT_ONCE = 2**28
@@ -34,7 +34,8 @@ class Attention(Protocol):
     """Attention of one layer and guidance branch, called once a step.
 
     Attributes:
-        sparsity: share of (query tile, key block) pairs that the last call skipped, float32 ().
+        sparsity: share of (query tile, key block) pairs that the last call skipped, float32 (); one whose scores are
+            computed but not used counts half, as that is half of its products.
         dropped: share of the softmax mass in those pairs, mean over batch, heads and queries, float32 ().
     """
 
@@ -98,23 +99,30 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class ProductAttention:
     """`lite_attention.LiteAttention`; a threshold of -inf is its dense attention."""
 
-    def __init__(self, threshold: float, rule: Rule, refresh_interval: int = 0) -> None:
+    def __init__(self, threshold: float | dict[int, float], rule: Rule, refresh_interval: int = 0) -> None:
         self.sparsity = self.dropped = torch.zeros(())
         self._layer = LiteAttention(threshold, rule=rule, refresh_interval=refresh_interval)
         self._dense = LiteAttention(-math.inf)
         self._stopwatch = Stopwatch()
-        self._lse: Tensor
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, skip: bool = True) -> Tensor:
         def attend() -> Tensor:
-            out, self._lse = self._layer(query, key, value, return_softmax_lse=True)
-            return cast(Tensor, out)
+            return cast(Tensor, self._layer(query, key, value))
 
+        state = self._layer.skip_state
+        before = None if state is None else state.mask.clone()
         self._layer.enable_skip_optimization(skip)
         out = self._stopwatch(attend, query.device)
-        _, lse = self._dense(query, key, value, return_softmax_lse=True)
-        self.dropped = -torch.expm1((self._lse - lse).clamp(max=0)).mean()
         self.sparsity = torch.as_tensor(self._layer.sparsity_tensor, dtype=torch.float32)
+        self.dropped = torch.zeros((), device=query.device)
+        if before is not None:
+            # Of visited scores alone: with summaries the log-sum-exp of the step itself has estimates of the others.
+            thresholds = torch.zeros(query.shape[0], device=query.device)
+            visited = ops.visited_lse(query, key, value, before, thresholds, None, None, query.shape[3] ** -0.5)
+            _, lse = self._dense(query, key, value, return_softmax_lse=True)
+            dropped = -torch.expm1((visited - lse).clamp(max=0)).mean()
+            # A step that refreshes or is dense visits all, whatever its mask was.
+            self.dropped = torch.where(self.sparsity.to(query.device) > 0, dropped, 0.0)
         return out
 
     def milliseconds(self) -> float | None:
@@ -140,11 +148,11 @@ class Statistics(NamedTuple):
     """
 
     margin: Tensor
-    """Largest over the tile's rows of max(s in block) - max(s in blocks visited before, from the last to the first),
-    log2 units; +inf in the first block visited."""
+    """Largest over the tile's rows of max(s in block) - max(s in blocks visited before), log2 units; +inf in the first
+    block visited."""
     share: Tensor
     """Largest over the tile's rows of the block's mass over the row's LSE of the step before, log2 units; +inf in the
-    first step."""
+    first step. Of a block found negligible in the pass it is an upper bound, from its largest score."""
     tile_share: Tensor
     """Mean over the tile's rows of the block's share of this step's softmax, 0 to 1."""
 
@@ -203,11 +211,30 @@ class MassBudget:
         return torch.empty_like(kept).scatter_(-1, order, kept)
 
 
-Summaries = Literal["none", "mean", "variance"]
-"""What stands in for a skipped block: nothing; n keys at the mean; n Gaussian keys, independent in each channel.
+@dataclass(frozen=True)
+class BinnedBudget:
+    """`MassBudget` over means without a sort, as a kernel could have it: masses are summed in 32 bins, each of a power
+    of two of the share, and bins are dropped whole."""
 
-Its estimated mass, `lite_attention.reference.estimate` without rounding to 8 bits, times its mean value takes part in
-the softmax.
+    threshold: float
+
+    def __call__(self, statistics: Statistics) -> Tensor:
+        shares = statistics.tile_share
+        bins = shares.log2().floor().clamp(-31, 0).long() + 31
+        masses = torch.zeros(*shares.shape[:-1], 32, device=shares.device).scatter_add_(-1, bins, shares)
+        return (masses.cumsum(-1) > 2.0**self.threshold).gather(-1, bins)
+
+
+Order = Literal["descending", "heaviest"]
+"""In which a tile visits blocks: from the last to the first; or so, but the one first that had the largest share of the
+tile's softmax in the step before."""
+
+Summaries = Literal["none", "mean", "variance", "bend"]
+"""What stands in for a skipped block: nothing; n keys at the mean; Gaussian keys, independent in each channel, and
+infinitely many of them (``variance``) or n (``bend``).
+
+Its estimated mass times its mean value takes part in the softmax, as in the rule ``mass_summaries``, which is `Mass`
+with ``bend``, of `lite_attention.reference.forward`; summaries are not rounded.
 """
 
 
@@ -220,6 +247,11 @@ class Policy:
     summaries: Summaries = "none"
     refresh_interval: int = 0
     """Every so many steps all blocks are visited; 0 for never."""
+    rotating: bool = False
+    """Instead, each step visits those whose turn it is, every ``refresh_interval``-th."""
+    order: Order = "descending"
+    in_pass: float = -math.inf
+    """A block that is visited takes part in neither the softmax nor the output where its margin is no larger."""
 
 
 # --- The emulator: how it is computed
@@ -245,22 +277,26 @@ class EmulatedAttention:
         self._steps = 0
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, skip: bool = True) -> Tensor:
-        grid, interval = self.policy.grid, self.policy.refresh_interval
+        policy, grid = self.policy, self.policy.grid
         batch, tokens_q, heads, _ = query.shape
         tiles, blocks = ceil_div(tokens_q, grid.tile_q), ceil_div(key.shape[1], grid.block_k)
         visits = torch.ones(batch, heads, tiles, blocks, dtype=torch.bool, device=query.device)
-        if skip and self.visits is not None and not (interval and self._steps % interval == 0):
-            visits = self.visits
+        first = None
+        if skip and self.visits is not None:
+            visits = self.visits | self._refreshed(blocks).to(query.device)
+            if policy.order == "heaviest" and self._statistics is not None:
+                first = self._statistics.tile_share.argmax(-1)
+        in_pass = policy.in_pass if skip else -math.inf
         with torch.autocast(query.device.type, enabled=False):
-            step = attend(query, key, value, visits, self.lse, grid, self.policy.summaries)
+            step = attend(query, key, value, visits, self.lse, grid, policy.summaries, first, in_pass)
         self.visited = visits
-        self.sparsity = 1.0 - visits.float().mean()
+        self.sparsity = 1.0 - (visits.float().mean() + step.used.float().mean()) / 2
         self.dropped = step.dropped.mean()
         if skip:
             self._steps += 1
             self.lse = step.lse
             self._statistics = self._known(step.statistics, visits)
-            kept = self.policy.decision(self._statistics)
+            kept = policy.decision(self._statistics)
             # Where all would go, the last of those visited stays.
             last = blocks - 1 - visits.flip(-1).int().argmax(-1, keepdim=True)
             is_last = torch.arange(blocks, device=query.device) == last
@@ -269,6 +305,13 @@ class EmulatedAttention:
 
     def milliseconds(self) -> None:
         """None: the emulator's time says nothing."""
+
+    def _refreshed(self, blocks: int) -> Tensor:
+        """The blocks that the coming step visits whatever was decided, bool (blocks,)."""
+        interval = self.policy.refresh_interval
+        if self.policy.rotating:
+            return torch.arange(blocks) % interval == self._steps % interval
+        return torch.full((blocks,), interval > 0 and self._steps % interval == 0)
 
     def _known(self, now: Statistics, visited: Tensor) -> Statistics:
         """Statistics of this step, and of blocks that it knows nothing of, what was known before."""
@@ -290,7 +333,9 @@ class Step(NamedTuple):
     lse: Tensor
     """Of what took part in the softmax, float32 (batch, heads, tokens_q), log2 units."""
     dropped: Tensor
-    """Share of the dense softmax in blocks that are skipped, float32 (batch, heads, tokens_q)."""
+    """Share of the dense softmax in blocks that are skipped or not used, float32 (batch, heads, tokens_q)."""
+    used: Tensor
+    """The visited blocks but those found negligible in the pass, bool (batch, heads, tiles, blocks)."""
     statistics: Statistics
     """Of visited blocks; of skipped ones the shares that summaries say, else 0 (-inf)."""
 
@@ -303,8 +348,10 @@ def attend(
     lse_before: Tensor | None,
     grid: Grid,
     summaries: Summaries = "none",
+    first: Tensor | None = None,
+    in_pass: float = -math.inf,
 ) -> Step:
-    """Attention over the blocks that are visited, and over summaries of the others.
+    """Attention over the blocks that are visited and used, and over summaries of the others.
 
     Args:
         query: (batch, tokens_q, heads, head_dim), any float type; computed in float32, in float64 if it is that.
@@ -313,6 +360,8 @@ def attend(
         lse_before: of the step before, float32 (batch, heads, tokens_q), log2 units; None in the first step.
         grid: tokens of a tile and of a block.
         summaries: what stands in for skipped blocks.
+        first: block that a tile visits before the others, int64 (batch, heads, tiles); None for the last visited.
+        in_pass: visited blocks with a margin of at most this are not used.
     """
     batch, tokens_q, heads, head_dim = query.shape
     kv_heads = key.shape[2]
@@ -321,24 +370,31 @@ def attend(
     out = torch.empty_like(query)
     lse = torch.empty(batch, heads, tokens_q, dtype=torch.float32, device=query.device)
     dropped = torch.empty_like(lse)
+    used = torch.empty_like(visits)
     statistics = Statistics(*torch.empty(3, *visits.shape, dtype=torch.float32, device=query.device))
     for row in range(batch):
         for head in range(heads):
             kv_head = head * kv_heads // heads
             keys = _Keys(key[row, :, kv_head], value[row, :, kv_head], grid.block_k, summaries)
-            for first in range(0, tiles, tiles_at_once):
-                some_tiles = slice(first, first + tiles_at_once)
-                rows = slice(first * grid.tile_q, min((first + tiles_at_once) * grid.tile_q, tokens_q))
-                visit = visits[row, head, some_tiles].repeat_interleave(grid.tile_q, 0)[: rows.stop - rows.start]
+            for tile in range(0, tiles, tiles_at_once):
+                some_tiles = slice(tile, tile + tiles_at_once)
+                rows = slice(tile * grid.tile_q, min((tile + tiles_at_once) * grid.tile_q, tokens_q))
                 queries = _widened(query[row, rows, head]) * (head_dim**-0.5 * LOG2_E)
-                block_max, taken, row_lse, row_dropped, row_out = _attend_rows(queries, keys, visit)
-                out[row, rows, head] = row_out.to(out.dtype)
-                lse[row, head, rows], dropped[row, head, rows] = row_lse, row_dropped
-                before = None if lse_before is None else lse_before[row, head, rows]
-                of_rows = _row_statistics(block_max, taken, row_lse, before, visit)
-                for tensor, of_tiles in zip(statistics, _by_tile(of_rows, grid.tile_q), strict=True):
-                    tensor[row, head, some_tiles] = of_tiles
-    return Step(out, lse, dropped, statistics)
+                of_tiles = _attend_tiles(
+                    queries,
+                    keys,
+                    visits[row, head, some_tiles],
+                    None if lse_before is None else lse_before[row, head, rows],
+                    grid.tile_q,
+                    None if first is None else first[row, head, some_tiles],
+                    in_pass,
+                )
+                out[row, rows, head] = of_tiles.out.to(out.dtype)
+                lse[row, head, rows], dropped[row, head, rows] = of_tiles.lse, of_tiles.dropped
+                used[row, head, some_tiles] = of_tiles.used
+                for tensor, some in zip(statistics, of_tiles.statistics, strict=True):
+                    tensor[row, head, some_tiles] = some
+    return Step(out, lse, dropped, used, statistics)
 
 
 def _widened(tensor: Tensor) -> Tensor:
@@ -365,36 +421,61 @@ class _Keys:
 
     def estimate(self, queries: Tensor) -> Tensor:
         """Log2 of the estimated mass of each block, (rows, blocks), for queries times softmax scale * log2(e)."""
-        spread = 0.0
-        if self.summaries == "variance":
-            spread = queries.square() @ self.variance.T * (math.log(2) / 2)
-        return self.log2_counts + queries @ self.mean.T + spread
+        estimates = self.log2_counts + queries @ self.mean.T
+        if self.summaries == "mean":
+            return estimates
+        variance = queries.square() @ self.variance.T / LOG2_E**2
+        return estimates + (spread(variance, SUMMARY_BEND) if self.summaries == "bend" else variance / 2 * LOG2_E)
 
 
-def _attend_rows(queries: Tensor, keys: _Keys, visit: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Softmax of some rows; ``visit`` is bool (rows, blocks).
+def _attend_tiles(
+    queries: Tensor,
+    keys: _Keys,
+    visit: Tensor,
+    lse_before: Tensor | None,
+    tile_q: int,
+    first: Tensor | None,
+    in_pass: float,
+) -> Step:
+    """Attention of some tiles of one head: `attend` without its leading dimensions, and with queries in log2 units."""
 
-    Returns:
-        The largest score of each block and the mass with which it takes part, (rows, blocks), LSE (rows,), log2 units;
-        the share dropped, (rows,); and the output (rows, head_dim).
-    """
+    def of_rows(of_tiles: Tensor) -> Tensor:
+        return of_tiles.repeat_interleave(tile_q, 0)[: len(queries)]
+
     scores = (queries @ keys.key.T).unflatten(1, keys.real.shape)
     scores[:, -1].masked_fill_(~keys.real[-1], -math.inf)
     # Each block is summed below its own maximum, so that its mass is exact however small its share is.
     block_max = scores.amax(2)
     weights = scores.sub_(block_max[..., None]).exp2_()
     mass = block_max + weights.sum(2).log2()
+    visited = of_rows(visit)
+    margin = _largest(_margins(block_max, visited, None if first is None else of_rows(first)), tile_q)
+    used = visit & (margin > in_pass)
+    use = of_rows(used)
     if keys.summaries == "none":
-        taken = mass.masked_fill(~visit, -math.inf)
+        taken = mass.masked_fill(~use, -math.inf)
+        known = torch.where(visited & ~use, block_max + keys.real.sum(1).log2(), taken)
     else:
-        taken = torch.where(visit, mass, keys.estimate(queries))
+        taken = known = torch.where(use, mass, keys.estimate(queries))
     lse = _log2_sum_exp2(taken)
-    weights.mul_((block_max - lse[:, None]).exp2_().masked_fill_(~visit, 0.0)[..., None])
+    weights.mul_((block_max - lse[:, None]).exp2_().masked_fill_(~use, 0.0)[..., None])
     out = weights.flatten(1) @ keys.value
     if keys.summaries != "none":
-        out += (taken - lse[:, None]).exp2_().masked_fill_(visit, 0.0) @ keys.mean_value
-    share = (mass - _log2_sum_exp2(mass)[:, None]).exp2_()
-    return block_max, taken, lse, share.masked_fill_(visit, 0.0).sum(1), out
+        out += (taken - lse[:, None]).exp2_().masked_fill_(use, 0.0) @ keys.mean_value
+    dropped = (mass - _log2_sum_exp2(mass)[:, None]).exp2_().masked_fill_(use, 0.0).sum(1)
+    share = torch.full_like(known, math.inf) if lse_before is None else known - lse_before[:, None]
+    counts = _by_tile(torch.ones_like(lse)[:, None], tile_q, 0.0).sum(1)
+    tile_share = _by_tile((taken - lse[:, None]).exp2(), tile_q, 0.0).sum(1) / counts
+    return Step(out, lse, dropped, used, Statistics(margin, _largest(share, tile_q), tile_share))
+
+
+def _margins(block_max: Tensor, visited: Tensor, first: Tensor | None) -> Tensor:
+    """The margin of each row by itself, (rows, blocks); -inf where a block is not visited."""
+    visited_max = block_max.masked_fill(~visited, -math.inf)
+    before = pad(visited_max[:, 1:].flip(1).cummax(1).values.flip(1), (0, 1), value=-math.inf)
+    if first is not None:
+        before = torch.maximum(before, visited_max.gather(1, first[:, None])).scatter_(1, first[:, None], -math.inf)
+    return (visited_max - before).masked_fill(~visited, -math.inf)
 
 
 def _log2_sum_exp2(exponents: Tensor) -> Tensor:
@@ -402,36 +483,14 @@ def _log2_sum_exp2(exponents: Tensor) -> Tensor:
     return torch.logsumexp(exponents / LOG2_E, dim=-1) * LOG2_E
 
 
-def _row_statistics(
-    block_max: Tensor, taken: Tensor, lse: Tensor, lse_before: Tensor | None, visit: Tensor
-) -> Statistics:
-    """The statistics of each row by itself, (rows, blocks)."""
-    visited_max = block_max.masked_fill(~visit, -math.inf)
-    running_max = visited_max.flip(1).cummax(1).values.flip(1)
-    before = pad(running_max[:, 1:], (0, 1), value=-math.inf)
-    share = torch.full_like(taken, math.inf) if lse_before is None else taken - lse_before[:, None]
-    return Statistics(
-        margin=(visited_max - before).masked_fill(~visit, -math.inf),
-        share=share,
-        tile_share=(taken - lse[:, None]).exp2(),
-    )
+def _largest(of_rows: Tensor, tile_q: int) -> Tensor:
+    """Over the rows of each tile, (tiles, blocks)."""
+    return _by_tile(of_rows, tile_q, -math.inf).amax(1)
 
 
-def _by_tile(of_rows: Statistics, tile_q: int) -> Statistics:
-    """The statistics of tiles, (tiles, blocks), from those of their rows; the last tile may be short."""
-    rows = len(of_rows.share)
-    missing = -rows % tile_q
-    counts = torch.full((ceil_div(rows, tile_q), 1), tile_q, device=of_rows.share.device)
-    counts[-1] -= missing
-
-    def tiled(tensor: Tensor, value: float) -> Tensor:
-        return pad(tensor, (0, 0, 0, missing), value=value).unflatten(0, (-1, tile_q))
-
-    return Statistics(
-        margin=tiled(of_rows.margin, -math.inf).amax(1),
-        share=tiled(of_rows.share, -math.inf).amax(1),
-        tile_share=tiled(of_rows.tile_share, 0.0).sum(1) / counts,
-    )
+def _by_tile(of_rows: Tensor, tile_q: int, missing: float) -> Tensor:
+    """(tiles, tile_q, blocks) from (rows, blocks), filled up where the last tile is short."""
+    return pad(of_rows, (0, 0, 0, -len(of_rows) % tile_q), value=missing).unflatten(0, (-1, tile_q))
 
 
 # --- What is compared
@@ -466,32 +525,71 @@ class Family(NamedTuple):
 
 
 def _emulated(
-    decision: Callable[[float], Decision], block_k: int = BLOCK_K, summaries: Summaries = "none", refresh: int = 0
+    decision: Callable[[float], Decision],
+    block_k: int = BLOCK_K,
+    summaries: Summaries = "none",
+    refresh: int = 0,
+    rotating: bool = False,
+    order: Order = "descending",
 ) -> Callable[[float], Attention]:
     grid = Grid(block_k=block_k)
-    return lambda threshold: EmulatedAttention(Policy(decision(threshold), grid, summaries, refresh))
+    return lambda threshold: EmulatedAttention(
+        Policy(decision(threshold), grid, summaries, refresh, rotating=rotating, order=order)
+    )
+
+
+def _in_pass(order: Order = "descending") -> Callable[[float], Attention]:
+    """Visits all, and uses what is above the threshold."""
+    return lambda threshold: EmulatedAttention(Policy(Mass(-math.inf), order=order, in_pass=threshold))
+
+
+def _mass_in_pass(below: float, order: Order = "descending") -> Callable[[float], Attention]:
+    """`Mass`, and in the pass a threshold so much below: by log2(block_k) no block above its threshold is dropped."""
+    return lambda threshold: EmulatedAttention(Policy(Mass(threshold), order=order, in_pass=threshold - below))
 
 
 def _product(rule: Rule, refresh: int = 0) -> Callable[[float], Attention]:
     return lambda threshold: ProductAttention(threshold, rule, refresh)
 
 
+def _product_rising(rule: Rule, rise: float, steps: int = 25) -> Callable[[float], Attention]:
+    """A threshold that rises by so much over the steps: errors of late steps change a video less."""
+    return lambda threshold: ProductAttention(
+        {step: threshold + rise * step / (steps - 1) for step in range(steps)}, rule
+    )
+
+
 METHODS: dict[str, Family] = {
     "product-dense": Family(_product("mass"), (-math.inf,)),
     "product-running-max": Family(_product("running_max"), (-8, -6, -4, -2)),
     "product-mass": Family(_product("mass"), (-10, -9, -8, -7)),
+    "product-mass-summaries": Family(_product("mass_summaries"), (-10, -9, -8, -7)),
     "product-mass-refresh-8": Family(_product("mass", 8), (-9, -8, -7)),
     "product-mass-warmup": Family(_product("mass"), (-9, -8, -7), 5, 2),
+    "product-mass-summaries-warmup": Family(_product("mass_summaries"), (-9, -8, -7), 5, 2),
+    "product-mass-summaries-warmup-3": Family(_product("mass_summaries"), (-9, -8, -7), 3),
+    "product-mass-summaries-rising-2": Family(_product_rising("mass_summaries", 2.0), (-10, -9, -8), 3),
+    "product-mass-summaries-rising-4": Family(_product_rising("mass_summaries", 4.0), (-11, -10, -9), 3),
+    "product-running-max-warmup": Family(_product("running_max"), (-6, -4, -2), 5, 2),
     "running-max-176": Family(_emulated(RunningMax, block_k=176), (-4, -2)),
     "mass-32": Family(_emulated(Mass, block_k=32), (-9, -8)),
     "mass-mean": Family(_emulated(Mass, summaries="mean"), (-8, -7)),
     "mass-variance": Family(_emulated(Mass, summaries="variance"), (-9, -8, -7)),
+    "mass-bend": Family(_emulated(Mass, summaries="bend"), (-9, -8, -7)),
     "mass-variance-32": Family(_emulated(Mass, 32, "variance"), (-9, -8)),
     "mass-variance-refresh-16": Family(_emulated(Mass, summaries="variance", refresh=16), (-7,)),
     "relative-mass": Family(_emulated(RelativeMass), (-1,)),
     "budget": Family(_emulated(MassBudget), (-6, -5, -4)),
     "budget-worst-row": Family(_emulated(lambda threshold: MassBudget(threshold, "worst")), (-4, -2)),
     "budget-variance": Family(_emulated(MassBudget, summaries="variance"), (-5, -4, -3)),
+    "budget-binned": Family(_emulated(BinnedBudget), (-6, -5, -4)),
+    "mass-rotating-8": Family(_emulated(Mass, refresh=8, rotating=True), (-9, -8, -7)),
+    "running-max-heaviest": Family(_emulated(RunningMax, order="heaviest"), (-8, -6, -4)),
+    "in-pass": Family(_in_pass(), (-8, -6, -4)),
+    "in-pass-heaviest": Family(_in_pass("heaviest"), (-8, -6, -4)),
+    "mass-in-pass": Family(_mass_in_pass(6.0), (-9, -8, -7)),
+    "mass-in-pass-3": Family(_mass_in_pass(3.0), (-9, -8, -7)),
+    "mass-in-pass-3-heaviest": Family(_mass_in_pass(3.0, "heaviest"), (-9, -8, -7)),
 }
 
 

@@ -64,7 +64,7 @@ def calibrate(
     frames: Annotated[int | None, typer.Option(min=1, help="Diffusers: frames of a video.")] = None,
     rule: Annotated[
         str | None,
-        typer.Option(help="Diffusers: when a block is skipped: running_max (default) or mass."),
+        typer.Option(help="Diffusers: how blocks are skipped: running_max (default), mass or mass_summaries."),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="Diffusers: where the pipeline runs, cuda (default) or cpu.")

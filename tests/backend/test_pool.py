@@ -6,6 +6,7 @@ import gc
 import itertools
 import weakref
 from random import Random
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from lite_attention import LiteAttention, SkipState
 from lite_attention.backend.omni.pool import PooledAttention, Shape, StatePool
 from lite_attention.options import Rule
 
-RULES: tuple[Rule, ...] = ("running_max", "mass")
+RULES: tuple[Rule, ...] = get_args(Rule)
 SHAPES: list[Shape] = [
     (*sizes, of_rule, torch.device("cpu"))
     for sizes in ((1, 1, 128, 64), (1, 1, 128, 128), (2, 2, 300, 3000))
@@ -98,6 +99,7 @@ requests = st.fixed_dictionaries(
         "tokens": st.sampled_from([130, 320]),
         "rows": st.integers(1, 2),
         "threshold": st.sampled_from([-0.01, -1.0, -4.0]),
+        "rule": st.sampled_from(RULES),
         "refresh_interval": st.sampled_from([0, 2]),
         "steps": st.integers(1, 3),
         "changes_shape": st.booleans(),
@@ -107,11 +109,11 @@ requests = st.fixed_dictionaries(
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(requests, min_size=2, max_size=4))
-def test_a_request_in_used_memory_is_as_one_in_new_memory(jobs: list[dict[str, int]]) -> None:
+def test_a_request_in_used_memory_is_as_one_in_new_memory(jobs: list[dict[str, Any]]) -> None:
     """Outputs, masks and shares are the same bit for bit, whatever ran before and was broken off wherever."""
     pool = StatePool()
     for seed, job in enumerate(jobs):
-        options = {"refresh_interval": job["refresh_interval"]}
+        options = {"rule": job["rule"], "refresh_interval": job["refresh_interval"]}
         layers = [PooledAttention(pool, job["threshold"], **options) for _ in range(2)]
         alone = [LiteAttention(job["threshold"], **options) for _ in range(2)]
         random = torch.Generator().manual_seed(seed)

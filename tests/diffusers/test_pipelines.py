@@ -35,7 +35,7 @@ def test_dense_equals_stock_and_disable_restores_it_bit_for_bit(pipeline: Any, g
     disable(pipeline)
 
 
-@pytest.mark.parametrize("rule", ["running_max", "mass"])
+@pytest.mark.parametrize("rule", ["running_max", "mass", "mass_summaries"])
 def test_skipping_equals_a_state_for_each_layer_and_branch(
     rule: str, pipeline: Any, generate: Generate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

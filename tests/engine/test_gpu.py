@@ -294,31 +294,31 @@ def test_lower_thresholds_skip_less_without_compilation_too(random_model: str, v
     assert shares[0] > 0.5 > shares[-1]
 
 
-def apart_and_together(engine: Engine, jobs: list[Job]) -> list[tuple[list[int], list[int], float]]:
-    """Of each job its tokens when it is alone and when all are together, and the share that was skipped then."""
+def logprobs_and_crowd(engine: Engine, dense: list[Job], jobs: list[Job]) -> tuple[Any, list[tuple[Any, Any, float]]]:
+    """`logprobs`; and of each of `jobs` its tokens alone and beside all others, and the share that was skipped then."""
     alone = [output.outputs[0].token_ids for job in jobs for output in engine.generate([job])]
-    return [
+    crowd = [
         (list(tokens), list(output.outputs[0].token_ids), output.lite_attn["sparsity"])
         for tokens, output in zip(alone, engine.generate(jobs), strict=True)
     ]
+    return logprobs(engine, dense), crowd
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("v2", [False, True])
 def test_two_ranks_with_half_of_the_heads_each(random_model: str, v2: bool) -> None:
-    settings = {"tensor_parallel_size": 2, "enable_prefix_caching": False}
+    two: dict[str, Any] = {"tensor_parallel_size": 2, "enable_prefix_caching": False}
     lengths = (20, 300, 1500)
-    dense = [Job(n, {}, max_tokens=48, logprobs=2) for n in lengths]
     jobs = [Job(n, skipping(-math.inf), max_tokens=48, logprobs=2) for n in lengths]
-    stock = in_engine(logprobs, random_model, "FLASH_ATTN", v2, dense, **settings)
-    lite = in_engine(logprobs, random_model, "LITE_ATTN", v2, jobs, **settings)
+    mixed = [Job(200 + 150 * place, skipping(-2 - place), start=1000 * place) for place in range(6)]
+    lite, crowd = in_engine(logprobs_and_crowd, random_model, "LITE_ATTN", v2, jobs, mixed, **two)
+    for place, (alone, together, skipped) in enumerate(crowd):
+        assert together == alone, f"request {place}"
+        assert 0 < skipped < 1
+
+    dense = [Job(n, {}, max_tokens=48, logprobs=2) for n in lengths]
+    stock = in_engine(logprobs, random_model, "FLASH_ATTN", v2, dense, **two)
     one = in_engine(logprobs, random_model, "LITE_ATTN", v2, jobs, enable_prefix_caching=False)
     for length, got, want, of_one in zip(lengths, lite, stock, one, strict=True):
         assert_same(got, want, NEAR["float16"], f"{length} tokens, stock attention")
         assert_same(got, of_one, NEAR["float16"], f"{length} tokens, one rank")
-
-    mixed = [Job(200 + 150 * place, skipping(-2 - place), start=1000 * place) for place in range(6)]
-    results = in_engine(apart_and_together, random_model, "LITE_ATTN", v2, mixed, **settings)
-    for place, (alone, together, skipped) in enumerate(results):
-        assert together == alone, f"request {place}"
-        assert 0 < skipped < 1

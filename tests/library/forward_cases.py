@@ -1,7 +1,7 @@
 """What the tests of `lite_attention::forward` share: shapes, inputs, states, and the comparison of one step."""
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from lite_attention.ranges import all_blocks, pack_bits, unpack_bits
 from lite_attention.tiles import BLOCK_K, TILE_Q, ceil_div
 
 RULES: tuple[Rule, ...] = ("running_max", "mass")
+"""Those that leave out what is skipped, and that causal attention can have."""
+
+ALL_RULES: tuple[Rule, ...] = get_args(Rule)
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -132,20 +135,22 @@ def assert_step_agrees(
 ) -> None:
     """Step ``state`` with the operator on the device of ``inputs``; compare with the float64 reference.
 
-    The reference takes the same step from the same state, so differences do not add up over steps. Bits may
-    differ where a decision lies within the margin of the threshold: see `assert_mask_agrees`.
+    The reference takes the same step from the same state, so differences do not add up over steps, with summaries
+    rounded as the operator's are. Bits may differ where a decision lies within the margin of the threshold: see
+    `assert_mask_agrees`.
     """
     tolerance = tolerances[inputs[0].dtype]
     device = inputs[0].device
     scale = inputs[0].shape[3] ** -0.5 if scale is None else scale
     query, key, value = (tensor.cpu().double() for tensor in inputs)
+    summaries = reference.summarize_blocks(inputs[1].cpu(), inputs[2].cpu())
     before = state.to("cpu").copy()
 
     def expected(shift: float) -> tuple[Tensor, Tensor, State]:
         after = before.copy()
         shifted = torch.tensor(thresholds) + shift
         out, lse = reference.forward(
-            query, key, value, after.mask, after.lse, shifted, must_visit, must_skip, scale, causal, rule
+            query, key, value, *after, shifted, must_visit, must_skip, scale, causal, rule, summaries
         )
         return out, lse, after
 

@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lite_attention import LiteAttention, SeqParallelLiteAttention, attention, merge_attention, ops, reference
 from lite_attention.ranges import all_blocks, unpack_bits
 from lite_attention.tiles import BLOCK_K
+from tests.library.forward_cases import ALL_RULES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,7 +74,7 @@ def test_first_step_is_dense_and_later_ones_near_it(dtype: torch.dtype, heads: i
     torch.testing.assert_close(second.double(), dense(*inputs), rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("rule", ["running_max", "mass"])
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_steps_equal_the_reference(rule: reference.Rule) -> None:
     query, key, value = make_inputs(batch=2)
     attn = LiteAttention(-5.0, rule=rule)
@@ -218,7 +219,7 @@ def test_steps_may_be_left_out_and_begin_anew_with_another_shape() -> None:
     assert sparsity(attn) > 0
 
 
-@pytest.mark.parametrize("rule", ["running_max", "mass"])
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_dense_heads_visit_everything_and_the_others_do_not_notice(rule: reference.Rule) -> None:
     query, key, value = make_inputs(heads=4)
     attn, all_skip = LiteAttention(-5.0, rule=rule, dense_heads=[3, 1, 3]), LiteAttention(-5.0, rule=rule)
@@ -241,7 +242,7 @@ def test_cleared_blocks_stay_cleared_without_refresh() -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("rule", ["running_max", "mass"])
+@pytest.mark.parametrize("rule", ALL_RULES)
 @pytest.mark.parametrize("threshold", [-0.1, -0.5, -1.0, -2.0, -4.0, -7.0, -10.0, -15.0, -30.0])
 @pytest.mark.parametrize(
     ("warmup", "refresh", "ranges"),
@@ -360,7 +361,7 @@ def test_threshold_can_be_set_later() -> None:
         ({"threshold": {3: math.nan}}, ValueError, r"threshold\[3\]: expected a finite number or -inf, got nan"),
         ({"dense_heads": [-1]}, ValueError, "dense_heads: expected heads from 0 on, got -1"),
         ({"dense_heads": [1.0]}, TypeError, "dense_heads: expected ints, got float 1.0"),
-        ({"rule": "max"}, ValueError, "rule: expected 'running_max' or 'mass', got 'max'"),
+        ({"rule": "max"}, ValueError, "rule: expected 'running_max', 'mass' or 'mass_summaries', got 'max'"),
         ({"refresh_interval": -1}, ValueError, "refresh_interval: expected 0 .never. or more steps, got -1"),
         ({"use_int8": True}, ValueError, "use_int8: expected False .int8 is not supported., got True"),
     ],
@@ -470,7 +471,7 @@ def test_a_copy_has_its_own_state() -> None:
     assert visited_blocks(twin) == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("rule", ["running_max", "mass"])
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_compiled_model_gives_the_same_steps(rule: reference.Rule) -> None:
     class Layer(torch.nn.Module):
         def __init__(self) -> None:
@@ -542,6 +543,21 @@ def test_sequence_parallel_splits_merge_to_the_whole() -> None:
         expected, lse_expected = LiteAttention(-math.inf)(query, key, value, return_softmax_lse=True)
         torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
         torch.testing.assert_close(lse, lse_expected)
+
+
+def test_sequence_parallel_splits_merge_with_what_summaries_stand_for() -> None:
+    """Keys of a block are equal, so its summary is exact whatever is skipped, and so are the splits' log-sum-exps."""
+    query, key, value = make_inputs(batch=2)
+    key = torch.cat([block[:, :1].expand_as(block) for block in key.split(BLOCK_K, 1)], 1)
+    attn = SeqParallelLiteAttention(num_nodes=2, threshold=-5.0, rule="mass_summaries")
+    half = 3 * BLOCK_K
+    for _ in range(4):
+        parts = [attn(query, key[:, i : i + half], value[:, i : i + half], i // half) for i in (0, half)]
+        out, lse = merge_attention(*zip(*parts, strict=True))
+        expected, lse_expected = LiteAttention(-math.inf)(query, key, value, return_softmax_lse=True)
+        torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(lse, lse_expected)
+    assert sparsity(attn) > 0.3
 
 
 def test_sequence_parallel_has_a_state_for_each_split() -> None:

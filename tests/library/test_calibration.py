@@ -27,6 +27,9 @@ from lite_attention.calibration import (
     search,
 )
 from lite_attention.costs import Cost, DecodeShape, Meter, Shape
+from lite_attention.options import Rule
+from lite_attention.ranges import unpack_bits
+from lite_attention.tiles import BLOCK_K, TILE_Q
 
 SHAPE = Shape(tokens=512, heads=8, head_dim=32)
 
@@ -102,18 +105,23 @@ def run(layers: Mapping[str, LiteAttention], inputs: list[tuple[Tensor, Tensor, 
     return {name: meter.read() for name, meter in meters.items()}
 
 
-def test_a_meter_measures_what_the_reference_says() -> None:
-    layer = LiteAttention(-5.0, rule="mass")
+@pytest.mark.parametrize("rule", ["mass", "mass_summaries"])
+def test_a_meter_measures_what_the_reference_says(rule: Rule) -> None:
+    layer = LiteAttention(-5.0, rule=rule)
     inputs = attention_inputs(0)[:4]
     want, norm, dropped, sparsity = 0.0, 0.0, 0.0, 0.0
     for query, key, value in inputs:
-        out, lse = layer(query, key, value, 0.05, return_softmax_lse=True)
+        visits = torch.ones(1, 1, 1, key.shape[1], dtype=torch.bool)
+        if layer.skip_state is not None:
+            blocks = unpack_bits(layer.skip_state.mask, layer.skip_state.blocks)
+            visits = blocks.repeat_interleave(BLOCK_K, 3).repeat_interleave(TILE_Q, 2)[:, :, : query.shape[1]]
+        out = layer(query, key, value, 0.05)
         scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * 0.05
         dense = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
-        dense_lse = scores.logsumexp(-1)
+        skipped = scores.softmax(-1).masked_fill(visits, 0.0).sum(-1)
         want += (out - dense).square().sum().item()
         norm += dense.square().sum().item()
-        dropped += (1 - (lse - dense_lse).exp()).mean().item() / len(inputs)
+        dropped += skipped.mean().item() / len(inputs)
         sparsity += (layer.sparsity or 0.0) / len(inputs)
     layer.reset_skip_state()
     layer.meter = Meter()
@@ -143,18 +151,19 @@ def test_costs_ask_for_no_mean() -> None:
     assert cost == Cost(error=pytest.approx(0.5), dropped=pytest.approx(1 - math.exp(-1)), sparsity=0.25)
 
 
+@pytest.mark.parametrize("rule", ["mass", "mass_summaries"])
 @pytest.mark.parametrize("target", ["error=0.05", "dropped=0.01", "sparsity=0.4"])
-def test_what_is_found_holds_on_other_inputs(target: str, tmp_path: Path) -> None:
+def test_what_is_found_holds_on_other_inputs(target: str, rule: Rule, tmp_path: Path) -> None:
     wanted = Target.parse(target)
     meters = {name: Meter() for name in ("soft", "middle", "sharp")}
 
     def measure(thresholds: Mapping[str, float]) -> dict[str, Cost]:
-        layers = {name: LiteAttention(thresholds[name], rule="mass") for name in meters}
+        layers = {name: LiteAttention(thresholds[name], rule=rule) for name in meters}
         for name, layer in layers.items():
             layer.meter = meters[name]
         return run(layers, attention_inputs(1))
 
-    found = find(measure, meters, wanted, model="three", inputs="noise", rule="mass", refresh_interval=0)
+    found = find(measure, meters, wanted, model="three", inputs="noise", rule=rule, refresh_interval=0)
     found.save(tmp_path / "three.toml")
     layers = {name: LiteAttention.from_calibration(tmp_path / "three.toml", name) for name in meters}
     for name, cost in run(layers, attention_inputs(2)).items():

@@ -15,9 +15,11 @@ from lite_attention.options import Rule
 from lite_attention.ranges import all_blocks, unpack_bits
 from lite_attention.tiles import BLOCK_K
 from tests.library.forward_cases import (
+    ALL_RULES,
     CPU_TOLERANCE,
     RULES,
     SHAPES,
+    Inputs,
     Shape,
     assert_step_agrees,
     block_bits,
@@ -60,7 +62,7 @@ def test_dense_equals_pytorch(name: str, causal: bool, implementation: str) -> N
     torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_dense_reference_in_float64_is_exact(rule: Rule) -> None:
     query, key, value = (tensor.double() for tensor in make_inputs(Shape(heads=4)))
     out, lse = reference.forward(query, key, value, None, None, None, None, None, 0.25, False, rule)
@@ -71,7 +73,7 @@ def test_dense_reference_in_float64_is_exact(rule: Rule) -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("tokens_q", "tokens_k"), [(0, 70), (70, 0), (0, 0)], ids=["no queries", "no keys", "nothing"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_empty_sequences(implementation: str, tokens_q: int, tokens_k: int, rule: Rule) -> None:
     shape = Shape(tokens_q=tokens_q, tokens_k=tokens_k)
     state = fresh_state(shape)
@@ -183,7 +185,7 @@ def test_skipped_blocks_are_not_read(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_blocks_with_nan_are_kept(implementation: str, rule: Rule) -> None:
     query, key, value = level_inputs([math.nan, -20.0, 0.0])
     state = fresh_state(Shape(tokens_q=3, tokens_k=3 * BLOCK_K, heads=1))
@@ -248,7 +250,7 @@ def test_mass_is_exact_far_below_the_maximum(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_threshold_minus_infinity_is_dense_and_leaves_the_state(implementation: str, rule: Rule) -> None:
     shape = Shape()
     inputs = make_inputs(shape)
@@ -265,7 +267,7 @@ def test_threshold_minus_infinity_is_dense_and_leaves_the_state(implementation: 
 
 
 @pytest.mark.parametrize("dtype", CPU_TOLERANCE)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_steps_agree_with_the_reference(name: str, rule: Rule, dtype: torch.dtype) -> None:
     shape = SHAPES[name]
@@ -276,7 +278,7 @@ def test_steps_agree_with_the_reference(name: str, rule: Rule, dtype: torch.dtyp
         assert_step_agrees(((query + drift).to(dtype), key, value), state, [-5.0] * shape.batch, rule)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_some_but_not_all_is_skipped(rule: Rule) -> None:
     """The other comparisons mean little unless steps like theirs clear some blocks."""
     shape = Shape(tokens_k=600)
@@ -286,7 +288,7 @@ def test_some_but_not_all_is_skipped(rule: Rule) -> None:
     assert 0.2 < sparsity_of(state.mask, shape.tokens_k) < 0.9
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_each_sequence_has_its_own_threshold(rule: Rule) -> None:
     shape = Shape(batch=3)
     query, key, value = (tensor[:1].expand(3, -1, -1, -1) for tensor in make_inputs(shape))
@@ -349,7 +351,7 @@ def test_everything_forbidden_gives_zeros(implementation: str) -> None:
         assert not state.mask.any()
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_non_contiguous_inputs(rule: Rule) -> None:
     shape = Shape(heads=4)
     query, key, value = make_inputs(shape)
@@ -404,7 +406,7 @@ def test_any_shape_agrees_with_the_reference(
 
 
 @settings(max_examples=25, deadline=None)
-@given(data=st.data(), rule=st.sampled_from(RULES), threshold=st.floats(-8.0, -0.5))
+@given(data=st.data(), rule=st.sampled_from(ALL_RULES), threshold=st.floats(-8.0, -0.5))
 def test_forced_blocks_hold_in_any_state(data: st.DataObject, rule: Rule, threshold: float) -> None:
     shape = Shape(tokens_q=130, tokens_k=5 * BLOCK_K - 3, heads=1, kv_heads=1)
     words = st.integers(0, 31).map(lambda word: torch.tensor([word], dtype=torch.int32))
@@ -428,7 +430,153 @@ def test_forced_blocks_hold_in_any_state(data: st.DataObject, rule: Rule, thresh
         assert state.mask.all() or must_skip.item() == 31
 
 
-@pytest.mark.parametrize("tracked", ["dense", "running_max", "mass", "forced"])
+def ragged(inputs: Inputs) -> Inputs:
+    """Without the last 20 keys."""
+    query, key, value = inputs
+    return (
+        query,
+        key[:, :-20].contiguous(),
+        torch.randn(value[:, :-20].shape, generator=torch.Generator().manual_seed(0)),
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(max_examples=25, deadline=None)
+@given(
+    words=st.integers(0, 31),
+    visit=st.integers(0, 31),
+    skip=st.integers(0, 30),
+    levels=st.permutations([-3, -1, 0, 1, 2]),
+)
+def test_summaries_of_equal_keys_are_exact(
+    implementation: str, words: int, visit: int, skip: int, levels: list[float]
+) -> None:
+    """Whatever is skipped; what must be is left out all the same."""
+    inputs = query, key, value = ragged(level_inputs(levels, head_dim=4))
+    state = fresh_state(Shape(tokens_q=3, tokens_k=key.shape[1], heads=1))
+    mask, must_visit, must_skip = (torch.tensor([word], dtype=torch.int32) for word in (words, visit, skip))
+    state.mask.copy_(mask.expand_as(state.mask))
+    out, lse = IMPLEMENTATIONS[implementation](
+        *inputs, *state, torch.tensor([-4.0]), must_visit, must_skip, 0.5, False, "mass_summaries"
+    )
+    remaining = ~unpack_bits(must_skip, 5).repeat_interleave(BLOCK_K)[: key.shape[1]]
+    expected, expected_lse = reference.forward(
+        query, key[:, remaining], value[:, remaining], None, None, None, None, None, 0.5, False, "mass_summaries"
+    )
+    torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(lse, expected_lse)
+    assert torch.equal(state.lse, lse)
+    assert not (state.mask & must_skip).any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_an_estimate_by_hand(implementation: str) -> None:
+    """Half of the skipped block's 64 keys score 6 above their mean in natural units, half 6 below."""
+    query, key, value = level_inputs([0.0, 0.0, 0.0], head_dim=2)
+    key[0, BLOCK_K : 2 * BLOCK_K, 0, 0] = 1.0
+    key[0, BLOCK_K : 2 * BLOCK_K, 0, 1] = torch.tensor([6.0, -6.0]).repeat(BLOCK_K // 2)
+    value[0, BLOCK_K : 2 * BLOCK_K, 0] = torch.tensor([[2.0, 0.0], [0.0, 6.0]]).repeat(BLOCK_K // 2, 1)
+    state = fresh_state(Shape(tokens_q=3, tokens_k=3 * BLOCK_K, heads=1))
+    state.mask.copy_(block_bits(3, 0, 2))
+    out, lse = IMPLEMENTATIONS[implementation](
+        query, key, value, *state, torch.tensor([-4.0]), None, None, 1.0, False, "mass_summaries"
+    )
+    ratio = math.exp(1.0 + 8.0 * (math.sqrt(1 + 36.0 / 8.0) - 1))
+    weight = ratio / (2.0 + ratio)
+    torch.testing.assert_close(out, torch.tensor([1.0, 3.0]).expand(1, 3, 1, 2) * weight)
+    torch.testing.assert_close(lse, torch.full((1, 1, 3), math.log(BLOCK_K * (2.0 + ratio))))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_block_comes_back_when_its_summary_says_so(implementation: str) -> None:
+    state = fresh_state(Shape(tokens_q=3, tokens_k=4 * BLOCK_K, heads=1))
+    arguments = (torch.tensor([-6.0]), None, block_bits(4, 3), math.log(2), False, "mass_summaries")
+    # Its share of what there was a step before is 2**-9, 2**-8, 2 and 2**-0.6, from the second step on.
+    for level, kept in ((-8.0, (0, 1, 2)), (-8.0, (0, 2)), (-7.0, (0, 2)), (2.0, (0, 1, 2)), (2.0, (0, 1, 2))):
+        inputs = level_inputs([0.0, level, 0.0, 5.0])
+        IMPLEMENTATIONS[implementation](*inputs, *state, *arguments)
+        assert torch.equal(state.mask.flatten(), block_bits(4, *kept))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_one_row_brings_a_block_back(implementation: str) -> None:
+    query, key, value = level_inputs([-9.0, 0.0], tokens_q=130)
+    state = fresh_state(Shape(tokens_q=130, tokens_k=2 * BLOCK_K, heads=1))
+    state.lse.fill_(math.log(BLOCK_K))
+    state.mask.copy_(block_bits(2, 1).expand_as(state.mask))
+    query[:, 129] = -1.0
+    IMPLEMENTATIONS[implementation](
+        query, key, value, *state, torch.tensor([-4.0]), None, None, math.log(2), False, "mass_summaries"
+    )
+    assert torch.equal(state.mask[0, 0, 0], block_bits(2, 1))
+    assert torch.equal(state.mask[0, 0, 1], block_bits(2, 0, 1))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_without_a_step_before_every_summary_comes_back(implementation: str) -> None:
+    state = fresh_state(Shape(tokens_q=3, tokens_k=3 * BLOCK_K, heads=1))
+    state.mask.copy_(block_bits(3, 1))
+    IMPLEMENTATIONS[implementation](
+        *level_inputs([-99.0, 0.0, -99.0]), *state, torch.tensor([-1.0]), None, None, 1.0, False, "mass_summaries"
+    )
+    assert torch.equal(state.mask.flatten(), all_blocks(3))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_where_nothing_is_skipped_summaries_change_nothing(implementation: str) -> None:
+    shape = Shape()
+    with_summaries, without = fresh_state(shape), fresh_state(shape)
+    for seed in range(2):
+        arguments = (torch.tensor([-5.0]), None, None, 0.25, False)
+        inputs = make_inputs(shape, seed=seed)
+        with_summaries.mask.fill_(-1)
+        without.mask.fill_(-1)
+        forward = IMPLEMENTATIONS[implementation]
+        results = forward(*inputs, *with_summaries, *arguments, "mass_summaries")
+        expected = forward(*inputs, *without, *arguments, "mass")
+        assert all(map(torch.equal, (*results, *with_summaries), (*expected, *without)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *CPU_TOLERANCE])
+def test_block_summaries(dtype: torch.dtype) -> None:
+    _, key, value = make_inputs(Shape(batch=2, tokens_k=150), dtype)
+    summaries = reference.summarize_blocks(key, value)
+    for block, tokens in enumerate((slice(0, 64), slice(64, 128), slice(128, 150))):
+        exact = key[:, tokens].double()
+        expected = exact.mean(1), exact.var(1, unbiased=False), value[:, tokens].double().mean(1)
+        for part, wanted in zip(summaries, expected, strict=True):
+            assert part.dtype == dtype and part.shape == (2, 3, 2, 16)
+            torch.testing.assert_close(part[:, block], wanted.to(dtype))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_variance_past_float16_does_no_harm(implementation: str) -> None:
+    query, key, value = level_inputs([0.0, 0.0], head_dim=2, dtype=torch.float16)
+    key[0, :BLOCK_K, 0, 0] = torch.tensor([6e4, -6e4]).repeat(BLOCK_K // 2)
+    assert reference.summarize_blocks(key, value).variance[0, 0, 0, 0] == torch.finfo(torch.float16).max
+    state = fresh_state(Shape(tokens_q=3, tokens_k=2 * BLOCK_K, heads=1))
+    state.mask.copy_(block_bits(2, 1))
+    for tensor in IMPLEMENTATIONS[implementation](
+        query, key, value, *state, torch.tensor([-4.0]), None, None, 1.0, False, "mass_summaries"
+    ):
+        assert tensor.isfinite().all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), tokens_k=st.integers(1, 300), threshold=st.floats(-12.0, -1.0), seed=st.integers(0, 2**16))
+def test_summaries_agree_with_the_reference_from_any_mask(
+    data: st.DataObject, tokens_k: int, threshold: float, seed: int
+) -> None:
+    shape = Shape(tokens_q=130, tokens_k=tokens_k, heads=2, kv_heads=1)
+    word = st.integers(0, 31).map(lambda bits: torch.tensor([bits], dtype=torch.int32))
+    state = fresh_state(shape)
+    for step in range(2):
+        state.mask[:, :, 0] = data.draw(word)
+        forced = data.draw(word), data.draw(word)
+        assert_step_agrees(make_inputs(shape, seed=seed + step), state, [threshold], "mass_summaries", *forced)
+
+
+@pytest.mark.parametrize("tracked", ["dense", "running_max", "mass", "mass_summaries", "forced"])
 def test_operator_is_registered_correctly(tracked: str) -> None:
     shape = Shape(tokens_q=130, tokens_k=70, heads=2, kv_heads=1)
     state = fresh_state(shape)
@@ -438,9 +586,10 @@ def test_operator_is_registered_correctly(tracked: str) -> None:
         "dense": (None, None, None, None, None),
         "running_max": (state.mask, None, threshold, None, None),
         "mass": (state.mask, state.lse, threshold, None, None),
+        "mass_summaries": (state.mask, state.lse, threshold, None, None),
         "forced": (state.mask, state.lse, threshold, word, word),
     }
-    rule = "running_max" if tracked == "running_max" else "mass"
+    rule = tracked if tracked in ALL_RULES else "mass"
     torch.library.opcheck(
         torch.ops.lite_attention.forward.default,
         (*make_inputs(shape), *optional[tracked], 0.25, False, rule),
@@ -504,11 +653,12 @@ VALID = {
         ("thresholds", None, ValueError, "thresholds: expected a tensor beside a mask, got None"),
         ("must_visit", torch.zeros(2, dtype=torch.int32), ValueError, r"must_visit: expected shape \(1,\)"),
         ("must_skip", torch.zeros(1), TypeError, "must_skip: expected torch.int32, got torch.float32"),
-        ("rule", "max", ValueError, "rule: expected 'running_max' or 'mass', got 'max'"),
+        ("rule", "mass_summaries", ValueError, "causal: expected False with rule 'mass_summaries', got True"),
+        ("rule", "max", ValueError, "rule: expected 'running_max', 'mass' or 'mass_summaries', got 'max'"),
         ("thresholds", torch.zeros(2, device="meta"), ValueError, "thresholds: expected a tensor on"),
     ],
 )
 def test_errors_name_the_argument(name: str, value: object, error: type[Exception], message: str) -> None:
-    arguments = VALID | {name: value}
+    arguments = VALID | {name: value, "causal": value == "mass_summaries"}
     with pytest.raises(error, match=message):
         torch.ops.lite_attention.forward(*arguments.values())

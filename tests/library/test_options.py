@@ -56,7 +56,7 @@ def test_rules() -> None:
     assert check_rule("mass") == "mass"
     assert check_rule("running_max") == "running_max"
     for value in ("max", None, ["mass"]):
-        with pytest.raises(ValueError, match="rule: expected 'running_max' or 'mass', got"):
+        with pytest.raises(ValueError, match="rule: expected 'running_max', 'mass' or 'mass_summaries', got"):
             check_rule(value)
 
 

@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 from lite_attention import SkipState
 from lite_attention.ranges import pack_bits, unpack_bits
 from lite_attention.tiles import BLOCK_K, TILE_Q, ceil_div
+from tests.library.forward_cases import ALL_RULES
 
 
 @st.composite
 def states(draw: st.DrawFn) -> SkipState:
     slots, heads = draw(st.integers(0, 3)), draw(st.integers(1, 3))
     tokens_q, tokens_k = draw(st.integers(0, 3 * TILE_Q)), draw(st.integers(0, 40 * BLOCK_K))
-    state = SkipState(slots, heads, tokens_q, tokens_k, rule=draw(st.sampled_from(["running_max", "mass"])))
+    state = SkipState(slots, heads, tokens_q, tokens_k, rule=draw(st.sampled_from(ALL_RULES)))
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     bits = torch.rand((*state.mask.shape[:3], state.blocks), generator=random) < draw(st.floats(0, 1))
     state.mask.copy_(pack_bits(bits))
@@ -94,8 +95,9 @@ def test_memory_of_a_video_layer() -> None:
     state = SkipState(1, 40, 75_600, 75_600)
     assert state.memory_bytes() == 40 * ceil_div(75_600, TILE_Q) * 37 * 4
     assert 3.4e6 < state.memory_bytes() < 3.6e6
-    with_lse = SkipState(1, 40, 75_600, 75_600, rule="mass")
-    assert with_lse.memory_bytes() == state.memory_bytes() + 40 * 75_600 * 4
+    for rule in ALL_RULES[1:]:
+        with_lse = SkipState(1, 40, 75_600, 75_600, rule=rule)
+        assert with_lse.memory_bytes() == state.memory_bytes() + 40 * 75_600 * 4
 
 
 @pytest.mark.parametrize("slots", [1, [1], torch.tensor([1])])

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.omni.cpu import prepare
+from tests.omni.prepare import prepare
 from tests.omni.tiny import FRAMES, HEIGHT, STEPS, WIDTH, save_pipeline
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -70,13 +70,10 @@ class Engine:
         async def one(number: int, job: dict[str, Any]) -> Any:
             from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
-            options: dict[str, Any] = {"guidance_scale": 3.0, "num_inference_steps": STEPS, "seed": number} | job
+            options: dict[str, Any] = {"guidance_scale": 3.0, "num_inference_steps": STEPS, "seed": number}
+            options |= dict(zip(("height", "width", "num_frames"), VIDEO, strict=True)) | job
             lite_attn = options.pop("lite_attn", None)
-            height, width, frames = VIDEO
             params = OmniDiffusionSamplingParams(
-                height=height,
-                width=width,
-                num_frames=frames,
                 output_type="latent",
                 extra_args={} if lite_attn is None else {"lite_attn": lite_attn},
                 guidance_scale_provided=True,
@@ -98,12 +95,7 @@ class Engine:
             return last
 
         async def all_jobs() -> list[Any]:
-            results = await asyncio.gather(*(one(*item) for item in enumerate(jobs)), return_exceptions=True)
-            for number, result in enumerate(results):
-                # Two threads of a worker of 0.26 write to one queue: it may lose an output that is there at once.
-                if OLD and isinstance(result, Exception) and not hasattr(result, "status_code"):
-                    (results[number],) = await asyncio.gather(one(number, jobs[number]), return_exceptions=True)
-            return results
+            return await asyncio.gather(*(one(*item) for item in enumerate(jobs)), return_exceptions=True)
 
         return self.loop.run_until_complete(asyncio.wait_for(all_jobs(), 120))
 

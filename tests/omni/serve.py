@@ -1,6 +1,6 @@
-"""`vllm serve --omni` on a CPU: `python -m tests.omni.serve serve MODEL --omni ...`."""
+"""`vllm serve --omni`, on a CPU too: `python -m tests.omni.serve serve MODEL --omni ...`."""
 
-from tests.omni.cpu import prepare
+from tests.omni.prepare import prepare
 
 if __name__ == "__main__":
     operators = prepare()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lite_attention.serving.params import DenoiseOptions
 from tests.omni.conftest import cpu_only
-from tests.omni.cpu import prepare
+from tests.omni.prepare import prepare
 
 pytestmark = cpu_only
 

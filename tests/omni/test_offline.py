@@ -209,9 +209,9 @@ def test_experts_and_branches_have_states_of_their_own(running: Engine, experts:
     made = []
     make = execution.Request.make
 
-    def counted(self: Any, pool: StatePool) -> Any:
+    def counted(self: Any, *arguments: Any) -> Any:
         made.append(self.request_id)
-        return make(self, pool)
+        return make(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(execution.Request, "make", counted)

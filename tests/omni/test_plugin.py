@@ -9,7 +9,7 @@ from pathlib import Path
 
 def test_loading_makes_the_name_known_and_nothing_else() -> None:
     code = """
-from tests.omni.cpu import prepare
+from tests.omni.prepare import prepare
 operators = prepare()
 from vllm_omni.plugins import load_omni_general_plugins
 from vllm_omni.diffusion.attention.backends.registry import DiffusionAttentionBackendEnum as names

@@ -68,9 +68,7 @@ class Server:
         if options is not None:
             form["extra_params"] = json.dumps(options)
         files = {name: (None, str(value)) for name, value in form.items()}
-        answer = self.client.post(path, files=files)
-        lost = OLD and answer.status_code >= 500  # see Engine.run
-        return self.client.post(path, files=files) if lost else answer
+        return self.client.post(path, files=files)
 
     def image(self, options: dict[str, Any]) -> httpx.Response:
         body = {"prompt": "a cat", "size": "64x64", "num_inference_steps": STEPS, "guidance_scale": 3.0, "seed": 0}
@@ -129,6 +127,8 @@ def test_memory_of_states_is_in_the_metrics(server: Server) -> None:
         ({"lite_attn": {"refresh_interval": -1}}, "lite_attn.refresh_interval"),
         ({"lite_attn": {"cooldown_steps": "4"}}, "lite_attn.cooldown_steps"),
         ({"lite_attn": {"banana": 1}}, "lite_attn.banana"),
+        ({"lite_attn": {"rule": "mass"}}, "lite_attn.rule: unknown"),
+        ({"lite_attn": {"profile": "careful"}}, "lite_attn.profile: expected none, there are no profiles"),
         ({"lite_attn": 5}, "lite_attn: expected a table"),
         ({"lite_attn_threshold": -4}, "lite_attn.lite_attn_threshold: unknown"),
     ],

@@ -6,17 +6,22 @@ import gc
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lite_attention.costs import Shape
+from lite_attention.options import Rule
 from lite_attention.serving.metrics import read_directory
 from tests.omni.conftest import cpu_only
 from tests.omni.test_joint import PICTURE, TEXT, transformer
+from tests.profiles import make_denoise_profile
 
 pytestmark = cpu_only
 
@@ -80,6 +85,55 @@ def test_stages_have_their_own_options_counters_and_memory(directory: Path) -> N
     assert (read.slots, read.state_bytes, read.rows.sum()) == (1, pools[0].memory_bytes, 5)
 
 
+def test_the_rule_of_a_stage_and_the_memory_that_it_takes(directory: Path) -> None:
+    taken = {}
+    for rule in get_args(Rule):
+        stage = runner(long(), rule=rule)
+        execute(stage)
+        taken[rule] = read_directory(directory).state_bytes
+        shelves = stage.lite_attn_stage.pool._shelves
+        assert {state.rule for shelf in shelves.values() for state in shelf.states} == {rule}
+        del stage
+        gc.collect()
+    lse = 4 * (PICTURE + TEXT)
+    assert taken["running_max"] + lse == taken["mass"] == taken["mass_summaries"]
+    assert "lite_attn.rule: unknown" in str(execute(runner(long()), {"lite_attn": {"rule": "mass"}}).error)
+
+
+def test_profiles_of_another_model_are_refused_at_the_first_run() -> None:
+    layer, shape = "transformer.transformer_blocks.0.attn", Shape(TEXT + PICTURE, 1, 16)
+    for thresholds, of_shape, message in (
+        ({layer: -2.0}, shape, None),
+        ({layer: -2.0}, replace(shape, tokens=99), None),
+        (
+            {layer: -2.0},
+            replace(shape, head_dim=32),
+            "'a': calibration: expected 390 keys, 1 heads of 32, .*got .* of 16",
+        ),
+        (
+            {"transformer.blocks.0.attn1": -2.0},
+            shape,
+            "'a': calibration: expected the layers of some/model, .*blocks.0",
+        ),
+    ):
+        profile = make_denoise_profile(thresholds, shape=of_shape)
+        stage = runner(long(), profiles={"a": profile})
+        with pytest.raises(ValueError, match=message) if message is not None else nullcontext():
+            assert execute(stage, {"lite_attn": {"enable": False}}).options.profile is None
+
+
+def test_a_request_alone_is_refused_where_its_profile_is_for_another_size() -> None:
+    layer = "transformer.transformer_blocks.0.attn"
+    sizes = {"fits": TEXT + PICTURE, "larger": 1000}
+    profiles = {name: make_denoise_profile({layer: -2.0}, shape=Shape(size, 1, 16)) for name, size in sizes.items()}
+    stage = runner(long(), profiles=profiles)
+    assert execute(stage, {"lite_attn": {"profile": "fits"}}).options.threshold == -2.0
+    refused = execute(stage, {"lite_attn": {"profile": "larger"}})
+    assert refused.error_status_code == 400
+    assert "lite_attn.profile: expected one for the 390 keys of this video or picture, got 'larger'" in refused.error
+    assert stage.lite_attn_stage.pool.in_use == 0
+
+
 def test_sleep_empties_the_memory_of_states(directory: Path) -> None:
     from lite_attention.backend.omni import hooks
 
@@ -107,7 +161,7 @@ def test_an_engine_in_another_process_says_and_counts_what_was_skipped(directory
     engine = """
 import pickle, sys
 from types import SimpleNamespace
-from tests.omni.cpu import prepare
+from tests.omni.prepare import prepare
 operators = prepare()
 from prometheus_client import REGISTRY
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine

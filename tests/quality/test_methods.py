@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.quality import methods
 from benchmarks.quality.methods import (
+    BinnedBudget,
     Decision,
     EmulatedAttention,
     Grid,
@@ -49,17 +51,26 @@ def dense(inputs: Inputs) -> Tensor:
     return methods.dense_attention(*(tensor.double() for tensor in inputs)).float()
 
 
-@pytest.mark.parametrize(("rule", "decision"), [("running_max", RunningMax(-5.0)), ("mass", Mass(-7.0))])
+def policy_of(rule: Rule, threshold: float, refresh_interval: int = 0) -> Policy:
+    decision = RunningMax(threshold) if rule == "running_max" else Mass(threshold)
+    summaries: methods.Summaries = "bend" if rule == "mass_summaries" else "none"
+    return Policy(decision, summaries=summaries, refresh_interval=refresh_interval)
+
+
+@pytest.mark.parametrize(
+    ("rule", "threshold_at"),
+    [("running_max", -5.0), ("mass", -7.0), ("mass_summaries", -7.0), ("mass_summaries", -3.0)],
+)
 @pytest.mark.parametrize("scores_at_once", [methods.SCORES_AT_ONCE, 1])
 def test_emulator_equals_the_reference(
-    rule: Rule, decision: Decision, scores_at_once: int, monkeypatch: pytest.MonkeyPatch
+    rule: Rule, threshold_at: float, scores_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(methods, "SCORES_AT_ONCE", scores_at_once)
-    attention = EmulatedAttention(Policy(decision))
+    attention = EmulatedAttention(policy_of(rule, threshold_at))
     tokens_q, tokens_k, heads = 300, 430, 2
     blocks, tiles = ceil_div(tokens_k, BLOCK_K), ceil_div(tokens_q, TILE_Q)
     mask, lse = all_blocks(blocks).repeat(2, heads, tiles, 1), torch.full((2, heads, tokens_q), math.inf)
-    threshold = torch.full((2,), decision.threshold)  # type: ignore[attr-defined]
+    threshold = torch.full((2,), threshold_at)
     skipped = 0.0
     for inputs in steps(4, tokens_q, tokens_k, heads):
         out = attention(*inputs)
@@ -75,11 +86,10 @@ def test_emulator_equals_the_reference(
     assert 0.2 < skipped < 0.9
 
 
-@pytest.mark.parametrize("rule", ["running_max", "mass"])
+@pytest.mark.parametrize("rule", get_args(Rule))
 def test_product_and_emulator_agree_about_every_figure(rule: Rule) -> None:
     product = ProductAttention(-6.0, rule, refresh_interval=3)
-    decision = RunningMax(-6.0) if rule == "running_max" else Mass(-6.0)
-    emulated = EmulatedAttention(Policy(decision, refresh_interval=3))
+    emulated = EmulatedAttention(policy_of(rule, -6.0, refresh_interval=3))
     for number, inputs in enumerate(steps(5)):
         skip = number != 1
         assert_close(product(*inputs, skip), emulated(*inputs, skip))
@@ -97,7 +107,7 @@ def test_the_emulator_computes_in_float32_wherever_it_is_called() -> None:
     assert half.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("summaries", ["none", "mean", "variance"])
+@pytest.mark.parametrize("summaries", get_args(methods.Summaries))
 @pytest.mark.parametrize("grid", [Grid(), Grid(block_k=176), Grid(tile_q=64, block_k=32), Grid(block_k=1000)])
 def test_first_step_and_dense_steps_are_dense(summaries: methods.Summaries, grid: Grid) -> None:
     attention = EmulatedAttention(Policy(Mass(-4.0), grid, summaries))
@@ -110,7 +120,9 @@ def test_first_step_and_dense_steps_are_dense(summaries: methods.Summaries, grid
     attention(*third)
 
 
-@pytest.mark.parametrize("decision", [RunningMax(0.0), Mass(0.0), RelativeMass(0.0), MassBudget(0.0)])
+@pytest.mark.parametrize(
+    "decision", [RunningMax(0.0), Mass(0.0), RelativeMass(0.0), MassBudget(0.0), BinnedBudget(0.0)]
+)
 @pytest.mark.parametrize("summaries", ["none", "variance"])
 def test_no_tile_is_left_with_nothing_to_visit(decision: Decision, summaries: methods.Summaries) -> None:
     attention = EmulatedAttention(Policy(decision, summaries=summaries))
@@ -119,7 +131,7 @@ def test_no_tile_is_left_with_nothing_to_visit(decision: Decision, summaries: me
         assert attention.visited is not None and attention.visited.any(-1).all()
 
 
-@pytest.mark.parametrize(("summaries", "spread"), [("mean", 0.0), ("variance", 0.7)])
+@pytest.mark.parametrize(("summaries", "spread"), [("mean", 0.0), ("variance", 0.7), ("bend", 0.4)])
 def test_summaries_stand_in_for_skipped_blocks(summaries: methods.Summaries, spread: float) -> None:
     # Keys of a block are alike, or Gaussian and many: then the estimate is right.
     random = torch.Generator().manual_seed(0)
@@ -185,6 +197,115 @@ def test_budget_bounds_what_is_dropped_over_many_steps() -> None:
         attention(*inputs)
         assert float(attention.dropped) <= 2.0**-4
     assert float(attention.sparsity) > 0.2
+
+
+def test_binned_budget_drops_whole_powers_of_two() -> None:
+    shares = [0.02, 0.03, 0.5, 0.02, 0.03, 0.4]
+    # Bins [1/64, 1/32) with 0.1 in all, [1/4, 1/2) and [1/2, 1).
+    assert BinnedBudget(math.log2(0.09))(statistics(shares)).all()
+    kept = BinnedBudget(math.log2(0.11))(statistics(shares))
+    assert kept.flatten().tolist() == [False, False, True, False, False, True]
+
+
+def test_binned_budget_is_within_the_budget_of_a_sort_and_near_it() -> None:
+    shares = torch.rand(2, 3, 4, 200, generator=torch.Generator().manual_seed(0)).pow(8)
+    shares /= shares.sum(-1, keepdim=True)
+    known = Statistics(shares.log2(), shares.log2(), shares)
+    exact, binned = MassBudget(-4.0)(known), BinnedBudget(-4.0)(known)
+    assert not (exact & ~binned).any()
+    assert (shares * ~binned).sum(-1).max() <= 2.0**-4
+    assert (~binned).float().mean() > 0.7 * (~exact).float().mean()
+
+
+def test_rotating_refresh_visits_every_block_in_its_turn() -> None:
+    attention = EmulatedAttention(Policy(Mass(-1.0), Grid(block_k=20), refresh_interval=4, rotating=True))
+    visited = []
+    for inputs in steps(10):
+        attention(*inputs)
+        assert attention.visited is not None
+        visited.append(attention.visited)
+    turns = torch.arange(visited[0].shape[-1]) % 4
+    for number in range(2, 10):
+        assert visited[number][..., turns == number % 4].all()
+        assert not visited[number][..., turns != number % 4].all()
+
+
+def in_pass_by_hand(inputs: Inputs, threshold: float, grid: Grid, first: Tensor | None = None) -> tuple[Tensor, float]:
+    """One pass that uses no block whose largest score is no more than the threshold above those before it."""
+    query, key, value = (tensor.double() for tensor in inputs)
+    out = torch.empty_like(query)
+    blocks = ceil_div(key.shape[1], grid.block_k)
+    used = total = 0
+    for row in range(query.shape[0]):
+        for head in range(query.shape[2]):
+            for tile, queries in enumerate(query[row, :, head].split(grid.tile_q)):
+                scores = queries @ key[row, :, 0].T * (query.shape[3] ** -0.5 * reference.LOG2_E)
+                order = list(range(blocks))[::-1]
+                if first is not None:
+                    order.sort(key=lambda block: block != int(first[row, head, tile]))
+                running_max = torch.full((len(queries),), -math.inf, dtype=torch.float64)
+                for block in order:
+                    columns = slice(block * grid.block_k, (block + 1) * grid.block_k)
+                    block_max = scores[:, columns].amax(1)
+                    negligible = bool((block_max - running_max <= threshold).all())
+                    running_max = torch.maximum(running_max, block_max)
+                    scores[:, columns].masked_fill_(torch.tensor(negligible), -math.inf)
+                    used, total = used + (not negligible), total + 1
+                rows = slice(tile * grid.tile_q, (tile + 1) * grid.tile_q)
+                out[row, rows, head] = torch.softmax(scores * math.log(2), 1) @ value[row, :, 0]
+    return out.float(), used / total
+
+
+@pytest.mark.parametrize("grid", [Grid(), Grid(block_k=40), Grid(tile_q=16, block_k=40)])
+def test_negligible_blocks_are_not_used_in_the_very_pass(grid: Grid) -> None:
+    attention = EmulatedAttention(Policy(Mass(-math.inf), grid, in_pass=-3.0))
+    for inputs in steps(2):
+        out, used = in_pass_by_hand(inputs, -3.0, grid)
+        assert_close(attention(*inputs), out)
+        # The scores of all are computed, which is half of the work.
+        assert float(attention.sparsity) == pytest.approx((1 - used) / 2)
+        assert 0.05 < float(attention.sparsity) < 0.5
+        assert (out - dense(inputs)).abs().max() > 1e-3
+    assert_close(attention(*inputs, skip=False), dense(inputs))
+
+
+def heavy_in_front(number: int) -> list[Inputs]:
+    """`steps` with scores that grow from the block that is visited first to the last."""
+    order = steps(1)[0][1].mean((0, 2, 3)).argsort(descending=True)
+    return [(query, key[:, order], value) for query, key, value in steps(number)]
+
+
+def test_the_heaviest_block_of_the_step_before_comes_first() -> None:
+    grid = Grid(tile_q=16, block_k=40)
+    attention = EmulatedAttention(Policy(Mass(-math.inf), grid, order="heaviest", in_pass=-3.0))
+    first, second = heavy_in_front(2)
+    assert_close(attention(*first), in_pass_by_hand(first, -3.0, grid)[0])
+    step = methods.attend(*first, torch.ones(2, 2, 19, 11, dtype=torch.bool), None, grid, "none", None, -3.0)
+    heaviest = step.statistics.tile_share.argmax(-1)
+    out, used = in_pass_by_hand(second, -3.0, grid, heaviest)
+    assert_close(attention(*second), out)
+    assert float(attention.sparsity) == pytest.approx((1 - used) / 2)
+    assert used < in_pass_by_hand(second, -3.0, grid)[1]
+
+
+def test_a_running_max_that_begins_with_the_heaviest_block_clears_more() -> None:
+    sparsities = {}
+    for order in ("descending", "heaviest"):
+        attention = EmulatedAttention(Policy(RunningMax(-2.0), Grid(16, 40), order=order))  # type: ignore[arg-type]
+        for inputs in heavy_in_front(3):
+            attention(*inputs)
+        sparsities[order] = float(attention.sparsity)
+    assert sparsities["heaviest"] > sparsities["descending"]
+
+
+def test_what_is_negligible_in_the_pass_by_the_number_of_its_keys_is_so_by_mass() -> None:
+    # A block whose keys are all 2**-(-9 - 6) below the running maximum has no more than 2**-9 of any row.
+    attention = EmulatedAttention(Policy(Mass(-9.0), in_pass=-15.0))
+    plain = EmulatedAttention(Policy(Mass(-9.0)))
+    for inputs in steps(4):
+        assert_close(attention(*inputs), plain(*inputs), rtol=0, atol=0.01)
+    assert attention.visits is not None and plain.visits is not None
+    assert not (plain.visits & ~attention.visits).any()
 
 
 def test_relative_mass_means_the_same_at_every_length() -> None:

@@ -209,6 +209,7 @@ def test_the_commands_one_after_the_other(
     for method in ("product-mass", "budget-variance"):
         assert 0.1 < rows[method]["sparsity"] < 1 and 0 < rows[method]["dropped"] < 1
         assert rows[method]["psnr"] < 80 and len(rows[method]["psnr_of_videos"]) == 2
+        assert sum(rows[method]["sparsity_of_videos"]) / 2 == pytest.approx(rows[method]["sparsity"])
         assert rows[method]["attention_milliseconds"] is None
     pictures = load_file(tmp_path / "video_quality.safetensors")
     steps_skipped = pictures["sparsity product-mass-warmup 0"].amax((1, 2)) > 0

@@ -1,13 +1,14 @@
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lite_attention.calibration import DecodeCalibration
+from lite_attention.options import Rule
 from lite_attention.serving.params import (
     DENSE,
     DenoiseOptions,
@@ -19,7 +20,7 @@ from lite_attention.serving.params import (
     parse_request,
     parse_request_lenient,
 )
-from tests.profiles import make_profile
+from tests.profiles import make_denoise_profile, make_profile
 
 SERVER = ServerOptions()
 KNOWN = (
@@ -115,12 +116,57 @@ def test_files_of_profiles_are_read_and_refused_with_the_reason(tmp_path: Path) 
             ServerOptions.from_additional_config({"lite_attn": table | more})
 
 
+def test_the_rule_is_the_servers() -> None:
+    for rule in get_args(Rule):
+        assert DenoiseServerOptions.from_additional_config({"lite_attn": {"rule": rule}}).rule == rule
+    assert DenoiseServerOptions().rule == "running_max"
+    for wrong in ("max", 1, ["mass"]):
+        with pytest.raises(ValueError, match=r"lite_attn\.rule: expected 'running_max', 'mass' or .*, got"):
+            DenoiseServerOptions.from_additional_config({"lite_attn": {"rule": wrong}})
+    with pytest.raises(LiteParamError, match=r"lite_attn\.rule: unknown; expected one of lite_attn.threshold"):
+        parse_denoise_request({"lite_attn": {"rule": "mass"}}, DenoiseServerOptions())
+
+
 def test_options_of_language_models_are_not_those_of_diffusion_models() -> None:
-    for table in ({"profiles": {}}, {"profile": "a"}, {"check_share": 0.1}):
+    for table, server in (({"check_share": 0.1}, DenoiseServerOptions), ({"cooldown_steps": 1}, ServerOptions)):
         with pytest.raises(ValueError, match="unknown; expected one of"):
-            DenoiseServerOptions.from_additional_config({"lite_attn": table})
-    with pytest.raises(LiteParamError, match="lite_attn.profile: unknown"):
-        parse_denoise_request({"lite_attn": {"profile": "a"}}, DenoiseServerOptions())
+            server.from_additional_config({"lite_attn": table})
+
+
+def test_profiles_of_diffusion_models(tmp_path: Path) -> None:
+    make_denoise_profile({"a": -8, "b": -4}, refresh_interval=5).save(tmp_path / "careful.toml")
+    make_profile({"a": -8}).save(tmp_path / "text.toml")
+    table = {"profiles": {"careful": str(tmp_path / "careful.toml")}, "profile": "careful", "max_threshold": -9}
+    server = DenoiseServerOptions.from_additional_config({"lite_attn": table})
+    expected = {"enable": True, "warmup_steps": 0, "cooldown_steps": 0}
+    for asked, options in (
+        ({}, {"profile": "careful", "threshold": -6.0, "refresh_interval": 5}),
+        ({"profile": "careful", "refresh_interval": 0}, {"profile": "careful", "threshold": -6, "refresh_interval": 0}),
+        ({"threshold": -10}, {"threshold": -10.0, "refresh_interval": 0}),
+    ):
+        assert parse_denoise_request({"lite_attn": asked}, server) == DenoiseOptions(**expected | options)
+    for asked, message in (
+        ({"profile": "fast"}, r"lite_attn\.profile: expected one of careful, got 'fast'"),
+        ({"profile": 3}, r"lite_attn\.profile: expected the name of a profile, got 3"),
+        ({"profile": "careful", "threshold": -9}, r"lite_attn\.threshold: expected none beside lite_attn\.profile"),
+        ({"threshold": -8}, r"lite_attn\.threshold: expected at most -9"),
+    ):
+        with pytest.raises(LiteParamError, match=message):
+            parse_denoise_request({"lite_attn": asked}, server)
+    for more, message in (
+        (
+            {"rule": "mass"},
+            r"lite_attn\.profiles: 'careful': expected one for the rule mass, .*got one for running_max",
+        ),
+        (
+            {"profiles": {"text": str(tmp_path / "text.toml")}},
+            r"'text': calibration .*stage: Input should be 'forward'",
+        ),
+        ({"profile": "fast"}, r"lite_attn\.profile: expected one of careful, got 'fast'"),
+        ({"threshold": -8}, r"lite_attn\.threshold: expected none beside .*profile"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DenoiseServerOptions.from_additional_config({"lite_attn": table | more})
 
 
 def test_defaults_of_the_server() -> None:

@@ -128,6 +128,7 @@ class Comparison:
             "dropped": statistics.mean(run.dropped.mean().item() for run in self.runs),
             "attention_milliseconds": statistics.mean(times) if times else None,
             "psnr_of_videos": [_finite(psnr) for psnr in psnrs],
+            "sparsity_of_videos": [run.sparsity.mean().item() for run in self.runs],
             "finite": not any(math.isnan(psnr) for psnr in psnrs),
         }
 

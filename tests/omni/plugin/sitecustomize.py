@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.omni.cpu import prepare
+from tests.omni.prepare import prepare
 
 operators = prepare()
 torch.accelerator.current_accelerator = lambda *_: torch.device("cpu")  # where their output is copied from

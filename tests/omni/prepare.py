@@ -1,4 +1,4 @@
-"""vLLM-Omni on a CPU, for tests: it knows GPUs only, and imports packages that have no CPU build.
+"""vLLM-Omni prepared for tests. It knows GPUs only, and imports packages that have no CPU build.
 
 `prepare()` comes before the first import of `vllm_omni` in a process.
 """
@@ -17,13 +17,15 @@ import torch
 
 @functools.cache
 def prepare() -> torch.library.Library | None:
-    """Make `vllm_omni` importable here, and the CPU its platform; nothing where a GPU is. Keep what it returns."""
-    if torch.cuda.is_available():
+    """Where no GPU is, make `vllm_omni` importable, and the CPU its platform. Keep what it returns."""
+    gpu = torch.cuda.is_available()
+    # Of entry points: the platform, or what lost_outputs.py mends. Processes to come load sitecustomize.py there.
+    plugin = str(Path(__file__).with_name("plugin_gpu" if gpu else "plugin"))
+    sys.path.append(plugin)
+    paths = (plugin, str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "") if gpu else "")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    if gpu:
         return None
-    plugin = str(Path(__file__).with_name("plugin"))
-    sys.path.append(plugin)  # an entry point names the platform
-    # Processes to come load sitecustomize.py there.
-    os.environ["PYTHONPATH"] = os.pathsep.join((plugin, str(Path(__file__).parents[2])))
     for name in ("torchaudio", "torchaudio.functional"):
         module = sys.modules[name] = ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
