@@ -295,10 +295,8 @@ def test_blocks_are_skipped() -> None:
     assert 3 <= int(visited) < int(everything) / 2
 
 
-def test_a_row_does_not_depend_on_its_batch() -> None:
-    shape = Shape((700, 33, 9000, 5, 4096))
-    together = make_inputs(shape).to(DEVICE)
-    together.thresholds = torch.tensor([-4.0, -6.0, -8.0, -2.0, -math.inf], device=DEVICE)
+def assert_each_row_alone_is_equal(together: Inputs, shape: Shape) -> None:
+    """Three steps of a batch, bit for bit."""
     alone = together.to(DEVICE)
     for number in range(3):
         together.query = next_query(shape, number).to(DEVICE)
@@ -313,6 +311,33 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
             for got, want in zip(mine, (out, lse, visited), strict=True):
                 assert torch.equal(got[0], want[row])
     assert torch.equal(alone.mask, together.mask)
+
+
+def test_a_row_does_not_depend_on_its_batch() -> None:
+    shape = Shape((700, 33, 9000, 5, 4096))
+    together = make_inputs(shape).to(DEVICE)
+    together.thresholds = torch.tensor([-4.0, -6.0, -8.0, -2.0, -math.inf], device=DEVICE)
+    assert_each_row_alone_is_equal(together, shape)
+
+
+def test_a_row_does_not_depend_on_a_batch_of_more_units_than_are_estimated_first() -> None:
+    # The rows share their pages, in another order each.
+    shape = Shape(tuple(range(8000, 0, -125)), kv_heads=8)
+    rows = len(shape.lengths)
+    inputs = make_inputs(replace(shape, lengths=shape.lengths[:1])).to(DEVICE)
+    pages = inputs.block_table[0]
+    together = replace(
+        inputs,
+        query=next_query(shape, 0).to(DEVICE),
+        block_table=torch.stack([pages[torch.randperm(len(pages))] for _ in range(rows)]),
+        seq_lens=torch.tensor(shape.lengths, dtype=torch.int32, device=DEVICE),
+        slots=torch.arange(rows, dtype=torch.int32, device=DEVICE),
+        thresholds=torch.full((rows,), -5.0, device=DEVICE),
+        visit_all=torch.ones(rows, dtype=torch.bool, device=DEVICE),
+        mask=inputs.mask[:1].repeat(rows, 1, 1),
+    )
+    together.thresholds[::7] = -math.inf
+    assert_each_row_alone_is_equal(together, shape)
 
 
 def test_runs_repeat_bit_for_bit() -> None:

@@ -22,8 +22,6 @@ constexpr int kSkippingSegments = 1;
 constexpr int kUnitBlocks = kSegmentBlocks * kSkippingSegments;  // at most
 constexpr int kUnitWords = kUnitBlocks / kWordBlocks;
 constexpr int kGroupBlocks = 16;  // blocks that are estimated together
-constexpr int kUnitGroups = kUnitBlocks / kGroupBlocks;
-static_assert(kUnitGroups % kConsumers == 0);
 // Blocks that may be listed and not fetched yet when a thread block takes more work: who takes it early may end last.
 constexpr int kBacklog = 48;
 constexpr int kSharedBytes = 227 * 1024;
@@ -39,6 +37,8 @@ struct Config {
 
     // Warps that list what to visit, each a unit of work of its own. One more, and the consumers had 40 registers less.
     static constexpr int kPlanners = 3;
+    // Units that are listed and not left yet. A planner's is done with last by the consumers, so with one more it need not wait.
+    static constexpr int kUnits = 4;
     static constexpr int kThreads = (kConsumers + kPlanners + 1) * kWarp;
     // Channels whose sums over the warps are taken at a time.
     static constexpr int kSlice = kPlane;
@@ -51,7 +51,7 @@ struct Config {
     static constexpr int kStageElements = kDecodeBlock * kHeadDim;
     static constexpr int kStageBytes = 2 * kStageElements * 2;
     static constexpr int kOtherBytes =
-        kPlanners * (6 * kUnitBlocks + 2 * kHeads * kQueryRow) +
+        kUnits * (5 * kUnitBlocks + 2 * kHeads * kQueryRow) +
         kConsumers * kSlice * kHeadTile * 4 + kMaxRows * 6 + 2048;
     static constexpr int kStages =
         std::min(40, (kSharedBytes - kOtherBytes) / kStageBytes / kConsumers * kConsumers);
@@ -69,10 +69,10 @@ struct Unit {
     int units;        // how many these have
     int first_block;  // of the unit
     int length;       // keys of the row
-    int blocks;       // to visit; the two lists are of these, or of all where they are estimated
+    int blocks;       // to visit, or to estimate; the two lists are of these
     bool tracked;     // whether the state is updated
     int page[kUnitBlocks];        // of each block
-    uint16_t block[kUnitBlocks];  // how far it is behind the first
+    uint8_t block[kUnitBlocks];  // how far it is behind the first, where it is to be visited
     alignas(16) typename Config::Element query[Config::kHeads * Config::kQueryRow];
 };
 

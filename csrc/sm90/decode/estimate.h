@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What the blocks of a unit weigh, by their summaries: a planner has these fetched, and each consumer estimates groups of 16 blocks.
+// What the blocks of a unit weigh, by their summaries: these are fetched as keys are, and each consumer estimates groups of 16 blocks.
 // Whoever plans what the sequence's key head visits waits for all of it.
 #pragma once
 
@@ -13,45 +13,43 @@ namespace lite_attention::sm90 {
 constexpr float kExpectedBend = 4.0f;
 constexpr float kGenerousBend = 8.0f;
 
-// Asks for the summaries of the n-th unit of a thread block. All units before it are estimated too, and each has kUnitGroups uses
-// of the stages, whether there are so many groups or not. Runs in a warp. `blocks`: of the unit.
+// Asks for the summaries of a unit's blocks, a group in each use of the stages from `fetched` on. Runs in a warp. One lane asks for
+// all: lanes that ask each for their own take turns, which takes several times as long.
 template <class Config>
-CUTLASS_DEVICE void request_summaries(
-    DecodeParams const& call, SharedStorage<Config>& shared, uint32_t n, Unit<Config> const& unit, int blocks) {
+CUTLASS_DEVICE void fetch_summaries(
+    DecodeParams const& call, SharedStorage<Config>& shared, Unit<Config> const& unit, uint32_t fetched) {
     int const lane = threadIdx.x % kWarp;
     int const blocks_of_page = call.page_size / kDecodeBlock;
     int const bytes = 3 * call.head_dim + 16;
-    // No stage may be waited for while its use before the last goes on. Where stages are few, later units wait.
-    constexpr int kAhead = 2 * Config::kStages / kUnitGroups;
-    static_assert(kAhead > 0);
-    if constexpr (kAhead < Config::kPlanners) { shared.units.wait_empty(n + Config::kPlanners - kAhead); }
-    static_assert(kUnitBlocks % kWarp == 0 && kWarp % kGroupBlocks == 0);
+    int const blocks = unit.blocks;
 #pragma unroll 1
-    for (int block = lane; block < kUnitBlocks; block += kWarp) {
-        uint32_t const use = n * kUnitGroups + block / kGroupBlocks;
+    for (int first = 0; first < blocks; first += kGroupBlocks) {
+        int const count = min(blocks - first, kGroupBlocks);
+        int const own = first + min(lane, count - 1);
+        uint8_t const* const summary = call.summaries.data + unit.page[own] * call.summaries.page_stride +
+                                       unit.kv_head * call.summaries.head_stride +
+                                       (unit.first_block + own) % blocks_of_page * call.summaries.block_stride;
+        uint32_t const use = fetched + first / kGroupBlocks;
         Stage<Config>& stage = shared.stage[shared.stages.place(use)];
         uint64_t* const full = &shared.stages.full[shared.stages.place(use)];
         shared.stages.wait_empty(use);
-        if (lane % kGroupBlocks == 0) {
-            CopyBarrier::arrive_and_expect_tx(full, min(max(blocks - block, 0), kGroupBlocks) * bytes);
-        }
         __syncwarp();
-        if (block < blocks) {
-            uint8_t const* const summary = call.summaries.data + unit.page[block] * call.summaries.page_stride +
-                                           unit.kv_head * call.summaries.head_stride +
-                                           (unit.first_block + block) % blocks_of_page * call.summaries.block_stride;
-            cute::SM90_BULK_COPY_G2S::copy(summary, full, stage.summaries().row[block % kGroupBlocks], bytes);
+        bool const asks = cute::elect_one_sync();
+        if (asks) { CopyBarrier::arrive_and_expect_tx(full, count * bytes); }
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kGroupBlocks; ++i) {
+            auto const* const from =
+                reinterpret_cast<uint8_t const*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(summary), i));
+            if (asks && i < count) { cute::SM90_BULK_COPY_G2S::copy(from, full, stage.summaries().row[i], bytes); }
         }
     }
-    __syncwarp();
-    if (lane == 0) { atomicAdd(&shared.requested, 1); }
 }
 
-// Notes what each block of a unit may weigh, and what all of them together probably do. Runs in the consumers. `fetched`: uses of
-// the stages before this unit.
+// Notes what each block of a unit may weigh, and what all of them together probably do. Runs in the consumers. `n`: units that this
+// thread block has estimated before. `fetched`: uses of the stages before this unit.
 template <class Config>
 CUTLASS_DEVICE void estimate(
-    KernelParams const& params, SharedStorage<Config>& shared, Unit<Config> const& unit, uint32_t fetched, int warp) {
+    KernelParams const& params, SharedStorage<Config>& shared, Unit<Config> const& unit, uint32_t n, uint32_t fetched, int warp) {
     using Element = typename Config::Element;
     DecodeParams const& call = params.call;
     Workspace const& workspace = params.workspace;
@@ -59,11 +57,11 @@ CUTLASS_DEVICE void estimate(
     int const lane = threadIdx.x % kWarp;
     int const blocks_of_page = call.page_size / kDecodeBlock;
     int const blocks = ceil_div(unit.length, kDecodeBlock);  // of the row
-    int const end = min(blocks, unit.first_block + kUnitBlocks);
+    int const end = unit.first_block + unit.blocks;
+    int const groups = ceil_div(unit.blocks, kGroupBlocks);
     int64_t const pair = static_cast<int64_t>(unit.row) * call.kv_heads + unit.kv_head;
     float* const masses = workspace.masses + pair * workspace.words * kWordBlocks * heads;
     // The sums of every other unit, so that only one warp is late for the next.
-    uint32_t const n = fetched / kUnitGroups;
     auto& sums = shared.expected[n % 2];
 
 #pragma unroll 1
@@ -73,7 +71,7 @@ CUTLASS_DEVICE void estimate(
         int const head = tile * kHeadTile + lane % 4 * 2;  // this thread's: this one and the next
         LogSum sum[2];                                     // of this thread's blocks
 #pragma unroll 1
-        for (int group = warp; group < kUnitGroups; group += kConsumers) {
+        for (int group = warp; group < groups; group += kConsumers) {
             int const first = unit.first_block + group * kGroupBlocks;
             int const low = first + lane / 4;  // this thread's blocks: this one and 8 further
             bool exact[2] = {};                // whether they are in the sum already
@@ -100,25 +98,23 @@ CUTLASS_DEVICE void estimate(
 
             shared.stages.wait_full(fetched + group);
             int const place = shared.stages.place(fetched + group);
-            if (first < end) {
-                Moments const moments = shared.stage[place].summaries().moments(query, params.scale_log2, call.head_dim);
+            Moments const moments = shared.stage[place].summaries().moments(query, params.scale_log2, call.head_dim);
+            CUTLASS_PRAGMA_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                int const block = low + half * 8;
+                if (block >= end) { continue; }
+                float may_be[2];
                 CUTLASS_PRAGMA_UNROLL
-                for (int half = 0; half < 2; ++half) {
-                    int const block = low + half * 8;
-                    if (block >= end) { continue; }
-                    float may_be[2];
-                    CUTLASS_PRAGMA_UNROLL
-                    for (int h = 0; h < 2; ++h) {
-                        int const k = 2 * half + h;
-                        auto mass = [&](float bend) {
-                            return log2_of_sum(moments.outlier[k], moments.mean[k] + spread(moments.variance[k], bend));
-                        };
-                        if (!exact[half]) { sum[h].add(mass(kExpectedBend)); }
-                        may_be[h] = mass(kGenerousBend);
-                    }
-                    if (head < heads) {
-                        *reinterpret_cast<float2*>(masses + static_cast<int64_t>(block) * heads + head) = {may_be[0], may_be[1]};
-                    }
+                for (int h = 0; h < 2; ++h) {
+                    int const k = 2 * half + h;
+                    auto mass = [&](float bend) {
+                        return log2_of_sum(moments.outlier[k], moments.mean[k] + spread(moments.variance[k], bend));
+                    };
+                    if (!exact[half]) { sum[h].add(mass(kExpectedBend)); }
+                    may_be[h] = mass(kGenerousBend);
+                }
+                if (head < heads) {
+                    *reinterpret_cast<float2*>(masses + static_cast<int64_t>(block) * heads + head) = {may_be[0], may_be[1]};
                 }
             }
             __syncwarp();

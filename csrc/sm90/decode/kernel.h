@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The kernel of a decode step. Some warps list what a unit of work visits, one warp has it fetched, others attend to it together,
-// each with a softmax of its own. Before that, the same warps estimate what sequences that skip visit: see estimate.h.
+// each with a softmax of its own. What sequences that skip visit, the same warps estimate in between: see estimate.h.
 #pragma once
 
 #include <cute/arch/copy_sm90_desc.hpp>
@@ -12,8 +12,7 @@
 
 namespace lite_attention::sm90 {
 
-// The units of a thread block in their order, for those who work on what the planners list: the n-th is planner n modulo
-// kPlanners'. `action` gets the unit, and leaves it.
+// The units of a thread block in their order, for those who work on what the planners list. `action` gets the unit, and leaves it.
 template <class Config, class Action>
 CUTLASS_DEVICE void for_each_unit(SharedStorage<Config>& shared, Action action) {
     for (uint32_t n = 0;; ++n) {
@@ -33,13 +32,14 @@ CUTLASS_DEVICE uint32_t dealt_units(Schedule const& schedule) {
 
 // Takes the n-th unit of a thread block, the next step that none has taken. It waits as long as too much is listed, and for its
 // turn: otherwise who fetches unit n could wait for it while its planner waits for later ones to be fetched. `expected`: blocks that
-// it will probably visit. `first`: the first step that is drawn. A number from `steps` on means that there are no more.
+// it will probably visit if it is attended to. `first`: the first step that is drawn. From `schedule.steps()` on there are no more.
 template <class Config>
-CUTLASS_DEVICE int draw_step(SharedStorage<Config>& shared, uint32_t* drawn, uint32_t n, int first, int steps, int expected) {
+CUTLASS_DEVICE int draw_step(
+    SharedStorage<Config>& shared, Schedule const& schedule, uint32_t* drawn, uint32_t n, int first, int expected) {
     while (atomicAdd(&shared.turn, 0) != n || atomicAdd(&shared.backlog, 0) >= kBacklog) { __nanosleep(100); }
     cudaGridDependencySynchronize();  // the counter is zero
     int const step = first + atomicAdd(drawn, 1);
-    if (step < steps) { atomicAdd(&shared.backlog, expected); }
+    if (step < schedule.steps() && !schedule.step(step).estimates) { atomicAdd(&shared.backlog, expected); }
     __threadfence_block();
     atomicExch(&shared.turn, n + 1);
     return step;
@@ -58,25 +58,25 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
     Schedule const& schedule = shared.schedule;
     int const steps = schedule.steps();
     uint32_t const dealt = dealt_units<Config>(schedule);
-    Unit<Config>& unit = shared.unit[warp];
-
-    int expected = 0;  // blocks that are in the backlog before they are listed
-    int total = 0;
+    int total = 0;  // blocks that the last unit visits
     for (uint32_t n = warp;; n += Config::kPlanners) {
         int step = blockIdx.x + n * gridDim.x;
+        Unit<Config>& unit = shared.unit[shared.units.place(n)];
+        uint64_t* const full = &shared.units.full[shared.units.place(n)];
         shared.units.wait_empty(n);
+        int expected = 0;  // blocks that are in the backlog before they are listed
         if (n >= dealt) {
             expected = total;
-            if (lane == 0) { step = draw_step(shared, workspace.drawn, n, dealt * gridDim.x, steps, expected); }
+            if (lane == 0) { step = draw_step(shared, schedule, workspace.drawn, n, dealt * gridDim.x, expected); }
             step = __shfl_sync(~0u, step, 0);
         }
         if (step >= steps) {
             if (lane == 0) { unit.row = -1; }
-            Barrier::arrive(&shared.units.full[warp]);
+            Barrier::arrive(full);
             break;
         }
-        Place const place(call, schedule, schedule.unit_of(step));
-        bool const estimated = step < schedule.estimates;
+        auto const [index, estimated] = schedule.step(step);
+        Place const place(call, schedule, index);
         int const segments = segments_of_unit(place.everything);
         int const unit_words = segments * (kSegmentBlocks / kWordBlocks);
         int const first_word = place.number * unit_words;
@@ -99,12 +99,22 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
         QueryView<Element> const query(params, place.row, place.kv_head);
         constexpr int kVector = 8;  // channels that are copied at a time
         constexpr int kRowVectors = Config::kHeadDim / kVector;
+        constexpr int kQueryVectors = Config::kHeads * kRowVectors / kWarp;  // of a lane
+        uint4 of_query[kQueryVectors];
         CUTLASS_PRAGMA_UNROLL
-        for (int i = lane; i < Config::kHeads * kRowVectors; i += kWarp) {
-            int const head = i / kRowVectors;
-            int const channel = i % kRowVectors * kVector;
-            *reinterpret_cast<uint4*>(unit.query + head * Config::kQueryRow + channel) = query.load(head, channel);
+        for (int i = 0; i < kQueryVectors; ++i) {
+            int const vector = i * kWarp + lane;
+            of_query[i] = query.load(vector / kRowVectors, vector % kRowVectors * kVector);
         }
+        auto const finish = [&] {
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < kQueryVectors; ++i) {
+                int const vector = i * kWarp + lane;
+                int const at = vector / kRowVectors * Config::kQueryRow + vector % kRowVectors * kVector;
+                *reinterpret_cast<uint4*>(unit.query + at) = of_query[i];
+            }
+            Barrier::arrive(full);
+        };
 
         if (lane == 0) {
             unit.row = place.row;
@@ -119,8 +129,8 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
         if (estimated) {
             CUTLASS_PRAGMA_UNROLL
             for (int w = 0; w < kUnitWords; ++w) { unit.page[w * kWordBlocks + lane] = page[w]; }
-            Barrier::arrive(&shared.units.full[warp]);
-            request_summaries(call, shared, n, unit, min(place.blocks - first_block, kUnitBlocks));
+            if (lane == 0) { unit.blocks = min(place.blocks - first_block, kUnitBlocks); }
+            finish();
             continue;
         }
 
@@ -169,7 +179,7 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
             unit.blocks = total;
             atomicAdd(&shared.backlog, total - expected);
         }
-        Barrier::arrive(&shared.units.full[warp]);
+        finish();
     }
 }
 
@@ -181,16 +191,13 @@ CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& sha
     int const lane = threadIdx.x % kWarp;
     int const blocks_of_page = params.call.page_size / kDecodeBlock;
     uint32_t fetched = 0;
-    uint32_t estimated = 0;  // units
     for_each_unit(shared, [&](Unit<Config> const& unit) {
         if (unit.estimated) {
-            fetched += kUnitGroups;
-            ++estimated;
+            fetch_summaries(params.call, shared, unit, fetched);
+            fetched += ceil_div(unit.blocks, kGroupBlocks);
             leave(shared, unit);
             return;
         }
-        // No stage may be waited for that a planner has yet to fill the time before.
-        while (atomicAdd(&shared.requested, 0) < estimated) {}
         int const blocks = unit.blocks;
         int const kv_head = unit.kv_head;
         for (int first = 0; first < blocks; first += kLanes) {
@@ -434,6 +441,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     int const warp = thread / kWarp;
     int const lane = thread % kWarp;
     uint32_t fetched = 0;
+    uint32_t estimates = 0;
     uint32_t number = 0;   // of units that are attended to
     uint32_t counted = 0;  // of thread 0: how many of its sequence's were counted before the last of them
     // The unit before. How many were counted is asked for long before it is needed.
@@ -445,8 +453,9 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     };
     for_each_unit(shared, [&](Unit<Config> const& unit) {
         if (unit.estimated) {
-            estimate(params, shared, unit, fetched, warp);
-            fetched += kUnitGroups;
+            int const groups = ceil_div(unit.blocks, kGroupBlocks);
+            estimate(params, shared, unit, estimates++, fetched, warp);
+            fetched += groups;
             return;
         }
         int const blocks = unit.blocks;
@@ -507,7 +516,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1) decode_kernel(__grid_cons
         shared.units.init(kWarp, (kConsumers + 1) * kWarp);
         shared.stages.init(1, 1);
         shared.backlog = 0;
-        shared.requested = 0;
         cutlass::arch::fence_barrier_init();
         cute::prefetch_tma_descriptor(&params.key);
         cute::prefetch_tma_descriptor(&params.value);

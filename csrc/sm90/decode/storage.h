@@ -34,11 +34,10 @@ template <class Config>
 struct SharedStorage {
     Stage<Config> stage[Config::kStages];
     Ring<Config::kStages> stages;
-    Unit<Config> unit[Config::kPlanners];
-    Ring<Config::kPlanners> units;
-    uint32_t turn;       // which unit may be taken next
-    uint32_t requested;  // units whose summaries are all asked for
-    int backlog;         // blocks that are listed, or soon will be, and not fetched yet
+    Unit<Config> unit[Config::kUnits];
+    Ring<Config::kUnits> units;
+    uint32_t turn;  // which unit may be taken next
+    int backlog;    // blocks that are listed, or soon will be, and not fetched yet
 
     // Between the consumers.
     alignas(8) float expected[2][kConsumers][Config::kHeads];

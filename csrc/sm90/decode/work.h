@@ -103,14 +103,17 @@ CUTLASS_DEVICE int segments_of_unit(bool everything) { return everything ? 1 : k
 // Units of a row and key head.
 CUTLASS_DEVICE int units_of(int length, bool everything) { return ceil_div(segments_of(length), segments_of_unit(everything)); }
 
-// The order of all units: row by row, those that skip before those that visit everything, and the key heads of a segment one after
-// another, as their summaries lie. First the units of rows that skip are estimated, then all are attended to: those that wait for
-// no estimate, then those that do.
+// The order of all units: row by row, those that skip before those that visit everything, and of those that skip key head by key
+// head, so that the first is estimated soon. The steps: some units are estimated; those that wait for no estimate are attended to;
+// then, by turns, one that is estimated is attended to, and one further is estimated, so that neither waits for the other's memory.
 struct Schedule {
     static constexpr int kRowBytes = sizeof(int) + sizeof(uint16_t);
+    // Units of each thread block that are estimated between the last one that a unit waits for and the unit's turn.
+    static constexpr int kLead = 3;
 
     int* first_unit;   // (rows,)
     uint16_t* ranked;  // (rows,) in their order
+    int ahead;         // units that are estimated first: so many before a unit, all that it waits for are
     int estimates;     // units that are estimated
     int units;         // that are attended to
 
@@ -128,6 +131,7 @@ struct Schedule {
             int const lane = threadIdx.x;
             int before = 0;
             int rank = 0;
+            int largest = 0;  // units of a key head
             CUTLASS_PRAGMA_UNROLL
             for (int sign = 1; sign >= -1; sign -= 2) {
                 for (int start = 0; start < call.rows; start += kWarp) {
@@ -146,10 +150,12 @@ struct Schedule {
                     }
                     before += __shfl_sync(~0u, sum, kWarp - 1);
                     rank += __popc(counted);
+                    if (sign > 0) { largest = max(largest, __reduce_max_sync(~0u, count) / call.kv_heads); }
                 }
                 if (lane == 0) { (sign > 0 ? estimates : units) = before; }
             }
             if (lane == 0) {
+                ahead = min(estimates, largest + static_cast<int>(gridDim.x) * kLead);
                 first_unit = tables;
                 ranked = ranks;
             }
@@ -158,8 +164,21 @@ struct Schedule {
     }
 
     CUTLASS_DEVICE int steps() const { return estimates + units; }
-    // The unit of a step; up to `estimates`, it is estimated.
-    CUTLASS_DEVICE int unit_of(int step) const { return step < units ? step : step - units; }
+
+    struct Step {
+        int unit;
+        bool estimates;  // the unit, and does not attend to it
+    };
+    CUTLASS_DEVICE Step step(int number) const {
+        if (number < ahead) { return {number, true}; }
+        number -= ahead;
+        int const independent = units - estimates;
+        if (number < independent) { return {estimates + number, false}; }
+        number -= independent;
+        int const turns = estimates - ahead;
+        if (number < 2 * turns) { return number % 2 == 0 ? Step{number / 2, false} : Step{ahead + number / 2, true}; }
+        return {number - turns, false};
+    }
 };
 
 // A unit of work and what is to be known of its row.
@@ -182,14 +201,15 @@ struct Place {
         }
         row = schedule.ranked[rank];
         int const of_row = unit - schedule.first_unit[row];
-        kv_head = of_row % call.kv_heads;
-        number = of_row / call.kv_heads;
-        pair = static_cast<int64_t>(row) * call.kv_heads + kv_head;
         length = max(0, call.seq_lens[row]);
+        everything = visits_everything(call, row);
+        int const units = units_of(length, everything);
+        kv_head = everything ? of_row % call.kv_heads : of_row / units;
+        number = everything ? of_row / call.kv_heads : of_row % units;
+        pair = static_cast<int64_t>(row) * call.kv_heads + kv_head;
         blocks = ceil_div(length, kDecodeBlock);
         threshold = call.thresholds[row];
         tracked = tracks(call, row);
-        everything = visits_everything(call, row);
     }
 
     // Units of the row and key head.
