@@ -20,6 +20,7 @@ struct Ring {
 
     CUTLASS_DEVICE static int place(uint32_t n) { return n % kStages; }
     CUTLASS_DEVICE void wait_full(uint32_t n) { Barrier::wait(&full[place(n)], n / kStages & 1); }
+    CUTLASS_DEVICE bool is_full(uint32_t n) { return Barrier::test_wait(&full[place(n)], n / kStages & 1, true); }
     // Until the use before, kStages ago, is over.
     CUTLASS_DEVICE void wait_empty(uint32_t n) { Barrier::wait(&empty[place(n)], n / kStages & 1 ^ 1); }
 

@@ -14,38 +14,40 @@ CUTLASS_DEVICE int update_mask(
     int32_t* mask, uint32_t const* visited, float const* masses, float lse, int words, int group, int heads, float threshold) {
     int const lane = threadIdx.x % kWarp;
     float const limit = lane % heads < group ? threshold + lse : INFINITY;
-    // Several words at a time: each takes long to come.
+    // A lane has a word. The masses of several words are read at a time: each takes long to come.
     constexpr int kAtOnce = 8;
+    int const share = min(kWarp, ceil_div(words, kConsumers));
     int count = 0;
-    for (int first = threadIdx.x / kWarp % kConsumers * kAtOnce; first < words; first += kConsumers * kAtOnce) {
-        uint32_t visits[kAtOnce];
-        uint32_t before[kAtOnce];
-        bool keeps[kAtOnce] = {};
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) {
-            visits[i] = first + i < words ? visited[first + i] : 0;
-            before[i] = first + i < words ? mask[first + i] : 0;
-        }
-        for (int head = 0; head < heads; head += 2) {
-            float const low = __shfl_sync(~0u, limit, head);
-            float const high = __shfl_sync(~0u, limit, head + 1);
-            CUTLASS_PRAGMA_UNROLL
-            for (int i = 0; i < kAtOnce; ++i) {
-                if (visits[i] >> lane & 1) {
-                    int64_t const block = (first + i) * kWordBlocks + lane;
-                    float2 const mass = *reinterpret_cast<float2 const*>(masses + block * heads + head);
+    for (int first = threadIdx.x / kWarp % kConsumers * share; first < words; first += kConsumers * share) {
+        bool const exists = lane < min(share, words - first);
+        uint32_t const visits = exists ? visited[first + lane] : 0;
+        uint32_t const before = exists ? mask[first + lane] : 0;
+        uint32_t kept = 0;
+        for (int word = 0; word < share; word += kAtOnce) {
+            bool keeps[kAtOnce] = {};
+#pragma unroll 2
+            for (int head = 0; head < heads; head += 2) {
+                float const low = __shfl_sync(~0u, limit, head);
+                float const high = __shfl_sync(~0u, limit, head + 1);
+                CUTLASS_PRAGMA_UNROLL
+                for (int i = 0; i < kAtOnce; ++i) {
+                    bool const is_visited = word + i < share && __shfl_sync(~0u, visits, word + i) >> lane & 1;
+                    int64_t const block = static_cast<int64_t>(first + word + i) * kWordBlocks + lane;
+                    float2 const none{-INFINITY, -INFINITY};
+                    float2 const mass = is_visited ? *reinterpret_cast<float2 const*>(masses + block * heads + head) : none;
                     keeps[i] |= mass.x > low || mass.y > high;
                 }
             }
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < kAtOnce; ++i) {
+                uint32_t const of_word = __ballot_sync(~0u, keeps[i]);
+                if (lane == word + i) { kept = of_word; }
+            }
         }
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) {
-            uint32_t const kept = __ballot_sync(~0u, keeps[i]);
-            if (lane == 0 && first + i < words) { mask[first + i] = (before[i] & ~visits[i]) | kept; }
-            count += __popc(visits[i]);
-        }
+        if (exists) { mask[first + lane] = (before & ~visits) | kept; }
+        count += __popc(visits);
     }
-    return count;
+    return static_cast<int>(__reduce_add_sync(~0u, static_cast<unsigned>(count)));
 }
 
 // Puts together the units of the sequence's key head of which this was the last.

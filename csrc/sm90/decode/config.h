@@ -22,8 +22,9 @@ constexpr int kSkippingSegments = 1;
 constexpr int kUnitBlocks = kSegmentBlocks * kSkippingSegments;  // at most
 constexpr int kUnitWords = kUnitBlocks / kWordBlocks;
 constexpr int kGroupBlocks = 16;  // blocks that are estimated together
+constexpr int kUnitGroups = kUnitBlocks / kGroupBlocks;
 // Blocks that may be listed and not fetched yet when a thread block takes more work: who takes it early may end last.
-constexpr int kBacklog = 48;
+constexpr int kBacklog = 16;
 constexpr int kSharedBytes = 227 * 1024;
 
 template <int kHeadDim_, class Element_, int kHeadTiles_>

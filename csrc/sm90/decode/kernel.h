@@ -12,14 +12,15 @@
 
 namespace lite_attention::sm90 {
 
-// The units of a thread block in their order, for those who work on what the planners list. `action` gets the unit, and leaves it.
+// The units of a thread block in their order, for those who work on what the planners list. `action` gets the unit, and leaves it, and
+// the unit's number.
 template <class Config, class Action>
 CUTLASS_DEVICE void for_each_unit(SharedStorage<Config>& shared, Action action) {
     for (uint32_t n = 0;; ++n) {
         shared.units.wait_full(n);
         Unit<Config> const& unit = shared.unit[shared.units.place(n)];
         if (unit.row < 0) { break; }
-        action(unit);
+        action(unit, n);
     }
 }
 
@@ -191,10 +192,11 @@ CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& sha
     int const lane = threadIdx.x % kWarp;
     int const blocks_of_page = params.call.page_size / kDecodeBlock;
     uint32_t fetched = 0;
-    for_each_unit(shared, [&](Unit<Config> const& unit) {
+    for_each_unit(shared, [&](Unit<Config> const& unit, uint32_t) {
         if (unit.estimated) {
-            fetch_summaries(params.call, shared, unit, fetched);
-            fetched += ceil_div(unit.blocks, kGroupBlocks);
+            int const groups = ceil_div(unit.blocks, kGroupBlocks);
+            give_stages(shared, groups, fetched);
+            fetched += groups;
             leave(shared, unit);
             return;
         }
@@ -440,6 +442,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     int const heads = workspace.heads;
     int const warp = thread / kWarp;
     int const lane = thread % kWarp;
+    SummaryCopies<Config> copies(params.call, shared, warp);
     uint32_t fetched = 0;
     uint32_t estimates = 0;
     uint32_t number = 0;   // of units that are attended to
@@ -451,10 +454,10 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         sync_consumers();
         return ended;
     };
-    for_each_unit(shared, [&](Unit<Config> const& unit) {
+    for_each_unit(shared, [&](Unit<Config> const& unit, uint32_t n) {
         if (unit.estimated) {
             int const groups = ceil_div(unit.blocks, kGroupBlocks);
-            estimate(params, shared, unit, estimates++, fetched, warp);
+            estimate(params, shared, copies, unit, n, estimates++, fetched, warp);
             fetched += groups;
             return;
         }
@@ -490,6 +493,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
 
         share(shared, gathered, warp);
         Ended const& ended = before();
+        copies.ask_first(n + 1, fetched);
         ++number;
         int64_t const part = pair * workspace.segments + unit.number;
         if (blocks > 0) {

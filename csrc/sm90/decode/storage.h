@@ -40,7 +40,7 @@ struct SharedStorage {
     int backlog;    // blocks that are listed, or soon will be, and not fetched yet
 
     // Between the consumers.
-    alignas(8) float expected[2][kConsumers][Config::kHeads];
+    alignas(8) float expected[2][kUnitGroups][Config::kHeads];
     float max[kConsumers][Config::kHeads];
     float sum[kConsumers][Config::kHeads];
     float2 slice[kConsumers][Config::kSlice * kHeadTile / 2];
