@@ -14,48 +14,41 @@ CUTLASS_DEVICE int update_mask(
     int32_t* mask, uint32_t const* visited, float const* masses, float lse, int words, int group, int heads, float threshold) {
     int const lane = threadIdx.x % kWarp;
     float const limit = lane % heads < group ? threshold + lse : INFINITY;
-    // Several words at a time: each takes long to come.
+    // A lane has a word. The masses of several words are read at a time: each takes long to come.
     constexpr int kAtOnce = 8;
+    int const share = min(kWarp, ceil_div(words, Config::kConsumers));
     int count = 0;
-    for (int first = threadIdx.x / kWarp % Config::kConsumers * kAtOnce; first < words; first += Config::kConsumers * kAtOnce) {
-        uint32_t visits[kAtOnce];
-        uint32_t before[kAtOnce];
-        bool keeps[kAtOnce] = {};
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) {
-            visits[i] = first + i < words ? visited[first + i] : 0;
-            before[i] = first + i < words ? mask[first + i] : 0;
-        }
-        for (int head = 0; head < heads; head += 2) {
-            float const low = __shfl_sync(~0u, limit, head);
-            float const high = __shfl_sync(~0u, limit, head + 1);
-            CUTLASS_PRAGMA_UNROLL
-            for (int i = 0; i < kAtOnce; ++i) {
-                if (visits[i] >> lane & 1) {
-                    int64_t const block = (first + i) * kWordBlocks + lane;
-                    float2 const mass = *reinterpret_cast<float2 const*>(masses + block * heads + head);
+    for (int first = threadIdx.x / kWarp % Config::kConsumers * share; first < words; first += Config::kConsumers * share) {
+        bool const exists = lane < min(share, words - first);
+        uint32_t const visits = exists ? visited[first + lane] : 0;
+        uint32_t const before = exists ? mask[first + lane] : 0;
+        uint32_t kept = 0;
+        for (int word = 0; word < share; word += kAtOnce) {
+            bool keeps[kAtOnce] = {};
+#pragma unroll 2
+            for (int head = 0; head < heads; head += 2) {
+                float const low = __shfl_sync(~0u, limit, head);
+                float const high = __shfl_sync(~0u, limit, head + 1);
+                CUTLASS_PRAGMA_UNROLL
+                for (int i = 0; i < kAtOnce; ++i) {
+                    bool const is_visited = word + i < share && __shfl_sync(~0u, visits, word + i) >> lane & 1;
+                    int64_t const block = static_cast<int64_t>(first + word + i) * kWordBlocks + lane;
+                    float2 const none{-INFINITY, -INFINITY};
+                    float2 const mass = is_visited ? *reinterpret_cast<float2 const*>(masses + block * heads + head) : none;
                     keeps[i] |= mass.x > low || mass.y > high;
                 }
             }
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < kAtOnce; ++i) {
+                uint32_t const of_word = __ballot_sync(~0u, keeps[i]);
+                if (lane == word + i) { kept = of_word; }
+            }
         }
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) {
-            uint32_t const kept = __ballot_sync(~0u, keeps[i]);
-            if (lane == 0 && first + i < words) { mask[first + i] = (before[i] & ~visits[i]) | kept; }
-            count += __popc(visits[i]);
-        }
+        if (exists) { mask[first + lane] = (before & ~visits) | kept; }
+        count += __popc(visits);
     }
-    return count;
+    return static_cast<int>(__reduce_add_sync(~0u, static_cast<unsigned>(count)));
 }
-
-// A unit of work that is attended to.
-struct Ended {
-    int row = -1;  // none
-    int kv_head;
-    int units;  // of the sequence's key head
-    int length;
-    bool tracked;
-};
 
 // Puts together the units of the sequence's key head of which this was the last.
 template <class Config>
@@ -82,15 +75,26 @@ CUTLASS_DEVICE void combine(KernelParams const& params, Ended const& unit, int t
     auto const* const parts = reinterpret_cast<float2 const*>(workspace.out) + pair * workspace.segments * items;
     Element* const out = static_cast<Element*>(call.out) + unit.row * call.out_row_stride +
                          (unit.kv_head * group + head) * call.out_head_stride;
+    // Many units at a time: each takes long to come.
+    constexpr int kAtOnce = 16;
     for (int item = thread; item < items; item += kThreads) {
         float2 sum{};
-#pragma unroll 8
-        for (int i = 0; i < unit.units; ++i) {
-            float2 const of_unit = *reinterpret_cast<float2 const*>(lses + i * heads + head);
-            float2 const part = parts[static_cast<int64_t>(i) * items + item];
-            // A unit of which nothing was visited has left nothing.
-            sum.x += of_unit.x == -INFINITY ? 0.0f : exp2f(of_unit.x - lse_of_heads.x) * part.x;
-            sum.y += of_unit.y == -INFINITY ? 0.0f : exp2f(of_unit.y - lse_of_heads.y) * part.y;
+        for (int first = 0; first < unit.units; first += kAtOnce) {
+            float2 of_unit[kAtOnce];
+            float2 part[kAtOnce];
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < kAtOnce; ++i) {
+                bool const exists = first + i < unit.units;
+                float2 const none{-INFINITY, -INFINITY};
+                of_unit[i] = exists ? *reinterpret_cast<float2 const*>(lses + (first + i) * heads + head) : none;
+                part[i] = exists ? parts[static_cast<int64_t>(first + i) * items + item] : float2{};
+            }
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < kAtOnce; ++i) {
+                // A unit of which nothing was visited has left nothing.
+                sum.x += of_unit[i].x == -INFINITY ? 0.0f : exp2f(of_unit[i].x - lse_of_heads.x) * part[i].x;
+                sum.y += of_unit[i].y == -INFINITY ? 0.0f : exp2f(of_unit[i].y - lse_of_heads.y) * part[i].y;
+            }
         }
         int const channel = item / head_pairs;
         if (head < group) { out[channel] = static_cast<Element>(sum.x); }

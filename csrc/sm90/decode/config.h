@@ -21,7 +21,7 @@ constexpr int kSkippingSegments = 2;
 constexpr int kUnitBlocks = kSegmentBlocks * kSkippingSegments;  // at most
 constexpr int kUnitWords = kUnitBlocks / kWordBlocks;
 // Blocks that may be listed and not fetched yet when a thread block takes more work: who takes it early may end last.
-constexpr int kBacklog = 192;
+constexpr int kBacklog = 48;
 constexpr int kSharedBytes = 227 * 1024;
 
 template <int kHeadDim_, class Element_, int kHeadTiles_>

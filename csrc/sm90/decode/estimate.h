@@ -191,9 +191,7 @@ __global__ void __launch_bounds__(EstimateStorage<Config>::kWarps * kWarp, 1)
     for (int i = first; i < call.rows * call.kv_heads; i += gridDim.x * blockDim.x) { params.workspace.ended[i] = 0; }
     if (first == 0) { *params.workspace.drawn = 0; }
 
-    number_units(call, shared.first_unit, [&](int row) {
-        return visits_everything(call, row) ? 0 : segments_of(call.seq_lens[row]);
-    });
+    number_units(call, shared.first_unit, [](RowOptions const& row) { return row.everything ? 0 : segments_of(row.length); });
     int const units = shared.first_unit[call.rows];
     constexpr int kWarps = EstimateStorage<Config>::kWarps;
     auto& of_warp = shared.of_warp[threadIdx.x / kWarp];

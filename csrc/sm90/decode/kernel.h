@@ -14,16 +14,14 @@ namespace lite_attention::sm90 {
 CUTLASS_DEVICE int segments_of_unit(bool everything) { return everything ? 1 : kSkippingSegments; }
 
 // The units of a thread block in their order, for those who work on what the planners list: the n-th is planner n modulo
-// kPlanners'. `action` gets the unit.
+// kPlanners'. `action` gets the unit, and leaves it.
 template <class Config, class Action>
 CUTLASS_DEVICE void for_each_unit(SharedStorage<Config>& shared, Action action) {
     for (uint32_t n = 0;; ++n) {
-        int const planner = shared.units.place(n);
         shared.units.wait_full(n);
-        Unit<Config> const& unit = shared.unit[planner];
+        Unit<Config> const& unit = shared.unit[shared.units.place(n)];
         if (unit.row < 0) { break; }
         action(unit);
-        Barrier::arrive(&shared.units.empty[planner]);
     }
 }
 
@@ -90,19 +88,26 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
             visit[w] = w < words && block_of(w) < place.blocks;
             page[w] = visit[w] ? call.block_table[place.row * call.block_table_stride + block_of(w) / blocks_of_page] : 0;
         }
+        QueryView<Element> const query(params, place.row, place.kv_head);
+        constexpr int kVector = 8;  // channels that are copied at a time
+        constexpr int kRowVectors = Config::kHeadDim / kVector;
+        constexpr int kQueryVectors = Config::kHeads * kRowVectors / kWarp;  // of a lane
+        uint4 of_query[kQueryVectors];
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kQueryVectors; ++i) {
+            int const vector = i * kWarp + lane;
+            of_query[i] = query.load(vector / kRowVectors, vector % kRowVectors * kVector);
+        }
         uint32_t mattered = ~0u;  // of lanes that are words
         if (!place.everything && lane < words) {
             int32_t const* const of_slot = call.mask + call.slots[place.row] * call.mask_slot_stride;
             mattered = of_slot[place.kv_head * call.mask_head_stride + first_word + lane];
         }
-        QueryView<Element> const query(params, place.row, place.kv_head);
-        constexpr int kVector = 8;  // channels that are copied at a time
-        constexpr int kRowVectors = Config::kHeadDim / kVector;
         CUTLASS_PRAGMA_UNROLL
-        for (int i = lane; i < Config::kHeads * kRowVectors; i += kWarp) {
-            int const head = i / kRowVectors;
-            int const channel = i % kRowVectors * kVector;
-            *reinterpret_cast<uint4*>(unit.query + head * Config::kQueryRow + channel) = query.load(head, channel);
+        for (int i = 0; i < kQueryVectors; ++i) {
+            int const vector = i * kWarp + lane;
+            int const at = vector / kRowVectors * Config::kQueryRow + vector % kRowVectors * kVector;
+            *reinterpret_cast<uint4*>(unit.query + at) = of_query[i];
         }
 
         if (!place.everything) {
@@ -202,6 +207,7 @@ CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& sha
             if (lane == 0) { atomicSub(&shared.backlog, min(kLanes, blocks - first)); }
         }
         fetched += blocks;
+        leave(shared, unit);
     });
 }
 
@@ -414,16 +420,15 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     int const warp = thread / kWarp;
     int const lane = thread % kWarp;
     uint32_t fetched = 0;
-    Ended ended;           // the unit before
-    uint32_t counted = 0;  // of thread 0: how many of its sequence's were counted before it
-    // Whether the unit before was its sequence's last. The number is asked for long before it is needed.
-    auto const ends = [&](uint32_t number) {
-        bool& last = shared.last[number % 2];
-        if (thread == 0) { last = ended.row >= 0 && counted == ended.units - 1; }
+    uint32_t number = 0;   // of units
+    uint32_t counted = 0;  // of thread 0: how many of its sequence's were counted before the last of them
+    // The unit before. How many were counted is asked for long before it is needed.
+    auto const before = [&]() -> Ended const& {
+        Ended& ended = shared.ended[number % 2];
+        if (thread == 0) { ended.last = number > 0 && counted == ended.units - 1; }
         sync_consumers<Config>();
-        return last;
+        return ended;
     };
-    uint32_t number = 0;
     for_each_unit(shared, [&](Unit<Config> const& unit) {
         int const blocks = unit.blocks;
 
@@ -457,7 +462,8 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         fetched += blocks;
 
         share(shared, gathered, warp);
-        bool const last = ends(number++);
+        Ended const& ended = before();
+        ++number;
         int64_t const part = pair * workspace.segments + unit.number;
         if (blocks > 0) {
             merge(params, shared, part, gathered, thread);
@@ -465,11 +471,12 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
             workspace.lse[part * heads + thread] = -INFINITY;
         }
         __syncwarp();
+        if (thread == 0) { shared.ended[number % 2] = {unit.row, unit.kv_head, unit.units, unit.length, unit.tracked, false}; }
+        leave(shared, unit);
         if (thread == 0) { counted = count_unit(params, pair); }
-        if (last) { combine<Config>(params, ended, thread); }
-        ended = {unit.row, unit.kv_head, unit.units, unit.length, unit.tracked};
+        if (ended.last) { combine<Config>(params, ended, thread); }
     });
-    if (ends(number)) { combine<Config>(params, ended, thread); }
+    if (Ended const& ended = before(); ended.last) { combine<Config>(params, ended, thread); }
 }
 
 template <class Config>
@@ -484,8 +491,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attend_kernel(__grid_cons
         cute::prefetch_tma_descriptor(&params.key);
         cute::prefetch_tma_descriptor(&params.value);
     }
-    number_units(params.call, shared.first_unit, [&](int row) {
-        return units_of(params.call.seq_lens[row], segments_of_unit(visits_everything(params.call, row)));
+    number_units(params.call, shared.first_unit, [](RowOptions const& row) {
+        return units_of(row.length, segments_of_unit(row.everything));
     });
     if (threadIdx.x == 0) { shared.turn = dealt_units<Config>(shared.first_unit[params.call.rows]); }
     __syncthreads();

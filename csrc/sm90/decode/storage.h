@@ -6,6 +6,16 @@
 
 namespace lite_attention::sm90 {
 
+// A unit that is attended to.
+struct Ended {
+    int row;
+    int kv_head;
+    int units;  // of the sequence's key head
+    int length;
+    bool tracked;
+    bool last;  // of the sequence's key head
+};
+
 template <class Config>
 struct SharedStorage {
     using Element = typename Config::Element;
@@ -21,10 +31,16 @@ struct SharedStorage {
     float max[Config::kConsumers][Config::kHeads];
     float sum[Config::kConsumers][Config::kHeads];
     float2 slice[Config::kConsumers][Config::kSlice * kHeadTile / 2];
-    bool last[2];  // whether a unit was the last of its sequence's key head, of every other unit
+    Ended ended[2];  // of every other unit
 
     int first_unit[1];  // of each row, and the number of units at the end: rows + 1 of them
 };
+
+// Tells a unit's planner that a lane of those who work on it does not need it any more.
+template <class Config>
+CUTLASS_DEVICE void leave(SharedStorage<Config>& shared, Unit<Config> const& unit) {
+    Barrier::arrive(&shared.units.empty[&unit - shared.unit]);
+}
 
 template <class Config>
 CUTLASS_DEVICE void sync_consumers() {

@@ -80,61 +80,71 @@ struct LogSum {
 // Log2 of the sum of all parts of a row's key head, for the query head lane % heads. `values`: (parts, heads). Runs in a warp.
 CUTLASS_DEVICE float sum_parts(float const* values, int parts, int heads) {
     LogSum sum;
-#pragma unroll 4
+#pragma unroll 8
     for (int i = threadIdx.x % kWarp; i < parts * heads; i += kWarp) { sum.add(values[i]); }
     sum.join_lanes(heads, kWarp);
     return sum.log2();
 }
 
-// Whether a row's state is updated.
-CUTLASS_DEVICE bool tracks(DecodeParams const& call, int row) {
-    return call.thresholds[row] != -INFINITY && call.seq_lens[row] > 0;
-}
+// What a call wants of a row. All of it is asked for at once: each takes long to come.
+struct RowOptions {
+    int length;
+    float threshold;
+    bool tracked;     // whether the state is updated
+    bool everything;  // whether all blocks are visited
 
-// Whether a row visits all of its blocks.
-CUTLASS_DEVICE bool visits_everything(DecodeParams const& call, int row) { return !tracks(call, row) || call.visit_all[row]; }
+    CUTLASS_DEVICE RowOptions(DecodeParams const& call, int row) {
+        bool const visit_all = call.visit_all[row];
+        length = max(0, call.seq_lens[row]);
+        threshold = call.thresholds[row];
+        // Not `&&` and `||`, which would read one after the other.
+        tracked = (threshold != -INFINITY) & (length > 0);
+        everything = !tracked | visit_all;
+    }
+};
 
 // Units of a row and key head. `segments`: of a unit.
 CUTLASS_DEVICE int units_of(int length, int segments) { return ceil_div(segments_of(length), segments); }
 
 // A unit of work and what is to be known of its row.
-struct Place {
+struct Place : RowOptions {
     int row;
     int kv_head;
     int number;  // among those of the row and key head
     int64_t pair;  // number of the row and key head
-    int length;
     int blocks;
-    float threshold;
-    bool tracked;
-    bool everything;  // whether all blocks are visited
 
     // `first_unit`: see number_units.
-    CUTLASS_DEVICE Place(DecodeParams const& call, int const* first_unit, int index) {
-        row = 0;
-        for (int end = call.rows; row + 1 < end;) {
-            int const middle = (row + end) / 2;
-            (first_unit[middle] <= index ? row : end) = middle;
-        }
-        kv_head = (index - first_unit[row]) % call.kv_heads;
-        number = (index - first_unit[row]) / call.kv_heads;
-        pair = static_cast<int64_t>(row) * call.kv_heads + kv_head;
-        length = max(0, call.seq_lens[row]);
-        blocks = ceil_div(length, kDecodeBlock);
-        threshold = call.thresholds[row];
-        tracked = tracks(call, row);
-        everything = visits_everything(call, row);
-    }
+    CUTLASS_DEVICE Place(DecodeParams const& call, int const* first_unit, int index)
+        : Place(call, first_unit, index, row_of(first_unit, call.rows, index)) {}
 
     // Blocks that are visited whatever they weigh: the first, and the newest two, which may have no summary yet.
     CUTLASS_DEVICE bool forced(int block) const { return block == 0 || block >= blocks - 2; }
+
+  private:
+    CUTLASS_DEVICE Place(DecodeParams const& call, int const* first_unit, int index, int row)
+        : RowOptions(call, row),
+          row(row),
+          kv_head((index - first_unit[row]) % call.kv_heads),
+          number((index - first_unit[row]) / call.kv_heads),
+          pair(static_cast<int64_t>(row) * call.kv_heads + kv_head),
+          blocks(ceil_div(length, kDecodeBlock)) {}
+
+    CUTLASS_DEVICE static int row_of(int const* first_unit, int rows, int index) {
+        int row = 0;
+        for (int end = rows; row + 1 < end;) {
+            int const middle = (row + end) / 2;
+            (first_unit[middle] <= index ? row : end) = middle;
+        }
+        return row;
+    }
 };
 
-// Fills in which unit of work is the first of each row; behind the last row, how many there are. `count(row)`: how many units
-// each of the row's key heads has. Runs in a whole thread block.
+// Fills in which unit of work is the first of each row; behind the last row, how many there are. `count(options)`: how many
+// units each of a row's key heads has. Runs in a whole thread block.
 template <class Count>
 CUTLASS_DEVICE void number_units(DecodeParams const& call, int* first_unit, Count count) {
-    for (int row = threadIdx.x; row < call.rows; row += blockDim.x) { first_unit[row] = count(row) * call.kv_heads; }
+    for (int row = threadIdx.x; row < call.rows; row += blockDim.x) { first_unit[row] = count(RowOptions(call, row)) * call.kv_heads; }
     __syncthreads();
     if (threadIdx.x < kWarp) {
         int before = 0;
