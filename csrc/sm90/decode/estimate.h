@@ -3,7 +3,7 @@
 // a time. The second kernel compares them with what all segments have together.
 #pragma once
 
-#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/arch/copy_sm80.hpp>
 
 #include "score.h"
 
@@ -21,7 +21,6 @@ struct EstimateStorage {
         ScoringQuery<Config> query[Config::kHeadTiles];
         uint8_t const* address[kSegmentBlocks];  // of each block's summary
         float exact[3][Config::kHeads];  // log2 of the mass of the first block, the newest, and the one before it
-        uint64_t arrived[2];  // barriers of `summaries`
     };
     // As many warps as shared memory has room for.
     static constexpr int kWarps = std::min<int>(16, (kSharedBytes - (kMaxRows + 4) * sizeof(int)) / sizeof(OfWarp));
@@ -29,50 +28,52 @@ struct EstimateStorage {
     int first_unit[1];  // of each row, and the number of units at the end: rows + 1 of them
 };
 
-// Brings summaries, kBlocks at a time, into the two places by turns. Runs in a warp.
+// Brings summaries, kBlocks at a time, into the two places by turns. Not by the copy engine, which begins a copy every 20 to
+// 40 ns, and these are small. Runs in a warp.
 template <class Config>
 struct SummaryFetcher {
+    static constexpr int kBlocks = Summaries<Config>::kBlocks;
+
     typename EstimateStorage<Config>::OfWarp& shared;
     int summary_bytes;
     uint32_t fetched = 0;
     uint32_t taken = 0;
 
-    CUTLASS_DEVICE void init() {
-        if (threadIdx.x % kWarp == 0) {
-            CopyBarrier::init(&shared.arrived[0], 1);
-            CopyBarrier::init(&shared.arrived[1], 1);
-            cutlass::arch::fence_barrier_init();
+    // Asks for the summaries at `address`, or, for `take` to count, for none. All lanes must have left the ones that were at their
+    // place.
+    CUTLASS_DEVICE void fetch(uint8_t const* const* address, bool exist) {
+        using Piece = uint4;
+        auto& row = shared.summaries[fetched++ % 2].row;
+        if (exist) {
+            uint8_t const* from[kBlocks];  // read before the first copy writes
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < kBlocks; ++i) { from[i] = address[i]; }
+            CUTLASS_PRAGMA_UNROLL
+            for (int first = 0; first < Summaries<Config>::kRowBytes; first += kWarp * sizeof(Piece)) {
+                int const offset = first + threadIdx.x % kWarp * sizeof(Piece);
+                if (offset >= summary_bytes) { break; }
+                CUTLASS_PRAGMA_UNROLL
+                for (int i = 0; i < kBlocks; ++i) {
+                    cute::SM80_CP_ASYNC_CACHEGLOBAL<Piece>::copy(
+                        *reinterpret_cast<Piece const*>(from[i] + offset), *reinterpret_cast<Piece*>(row[i] + offset));
+                }
+            }
         }
-        __syncwarp();
+        cute::cp_async_fence();
     }
 
-    // Asks for the summaries at `address`. All lanes must have left the ones that were at their place.
-    CUTLASS_DEVICE void fetch(uint8_t const* const* address) {
-        constexpr int kBlocks = Summaries<Config>::kBlocks;
-        int const lane = threadIdx.x % kWarp;
-        int const place = fetched++ % 2;
-        if (lane == 0) { CopyBarrier::arrive_and_expect_tx(&shared.arrived[place], kBlocks * summary_bytes); }
-        __syncwarp();
-        if (lane < kBlocks) {
-            cute::SM90_BULK_COPY_G2S::copy(
-                address[lane], &shared.arrived[place], shared.summaries[place].row[lane], summary_bytes);
-        }
-    }
-
-    // The ones that were asked for first, once they are there.
+    // The ones that were asked for first, once they are there. One `fetch` has followed theirs.
     CUTLASS_DEVICE Summaries<Config> const& take() {
-        int const place = taken % 2;
-        CopyBarrier::wait(&shared.arrived[place], taken / 2 & 1);
-        ++taken;
-        return shared.summaries[place];
+        cute::cp_async_wait<1>();
+        __syncwarp();
+        return shared.summaries[taken++ % 2];
     }
 };
 
 // Notes what each block of a segment may weigh, and what all of them together probably do. Runs in a warp.
 template <class Config>
 CUTLASS_DEVICE void estimate_segment(
-    KernelParams const& params, typename EstimateStorage<Config>::OfWarp& shared, SummaryFetcher<Config>& fetcher,
-    Place const& place) {
+    KernelParams const& params, typename EstimateStorage<Config>::OfWarp& shared, Place const& place) {
     using Element = typename Config::Element;
     DecodeParams const& call = params.call;
     Workspace const& workspace = params.workspace;
@@ -88,9 +89,6 @@ CUTLASS_DEVICE void estimate_segment(
         page[i] = page_of(min(first_block + i * kWarp + lane, end - 1));  // what does not exist has the summary of another
     }
     __syncwarp();  // the segment before may still be read
-    QueryView<Element> const query(params, place.row, place.kv_head);
-    CUTLASS_PRAGMA_UNROLL
-    for (int tile = 0; tile < Config::kHeadTiles; ++tile) { shared.query[tile].fill(query, tile * kHeadTile); }
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kSegmentBlocks / kWarp; ++i) {
         int const block = min(first_block + i * kWarp + lane, end - 1);
@@ -100,10 +98,15 @@ CUTLASS_DEVICE void estimate_segment(
     }
     __syncwarp();
     constexpr int kAtOnce = Summaries<Config>::kBlocks;
-    fetcher.fetch(shared.address);
-    if (first_block + kAtOnce < end) { fetcher.fetch(shared.address + kAtOnce); }
+    SummaryFetcher<Config> fetcher{shared, 3 * call.head_dim + 16};
+    fetcher.fetch(shared.address, true);
+    fetcher.fetch(shared.address + kAtOnce, first_block + kAtOnce < end);
 
-    // What is visited in any case is weighed exactly. The summaries come meanwhile.
+    // The summaries come meanwhile.
+    QueryView<Element> const query(params, place.row, place.kv_head);
+    CUTLASS_PRAGMA_UNROLL
+    for (int tile = 0; tile < Config::kHeadTiles; ++tile) { shared.query[tile].fill(query, tile * kHeadTile); }
+    // What is visited in any case is weighed exactly.
 #pragma unroll 1
     for (int i = 0; i < 3; ++i) {
         int const block = i == 0 ? 0 : place.blocks - i;
@@ -164,7 +167,8 @@ CUTLASS_DEVICE void estimate_segment(
             for (int j = 0; j < 4; ++j) { expected_sum[tile][j % 2].add(expected[j]); }
         }
         __syncwarp();  // all lanes have left these summaries
-        if (first + 2 * kAtOnce < end) { fetcher.fetch(shared.address + (first + 2 * kAtOnce - first_block)); }
+        int const next = first + 2 * kAtOnce;
+        fetcher.fetch(shared.address + (next - first_block), next < end);
     }
     CUTLASS_PRAGMA_UNROLL
     for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
@@ -195,14 +199,12 @@ __global__ void __launch_bounds__(EstimateStorage<Config>::kWarps * kWarp, 1)
     int const units = shared.first_unit[call.rows];
     constexpr int kWarps = EstimateStorage<Config>::kWarps;
     auto& of_warp = shared.of_warp[threadIdx.x / kWarp];
-    SummaryFetcher<Config> fetcher{of_warp, 3 * call.head_dim + 16};
-    fetcher.init();
     // Thread blocks have equally many but for one, and neighbouring warps neighbouring key heads, whose summaries lie side by side.
     auto first_of = [&](int64_t thread_block) { return static_cast<int>(thread_block * units / gridDim.x); };
     int const end = first_of(blockIdx.x + 1);
     for (int index = first_of(blockIdx.x) + threadIdx.x / kWarp; index < end; index += kWarps) {
         Place const place(call, shared.first_unit, index);
-        estimate_segment<Config>(params, of_warp, fetcher, place);
+        estimate_segment<Config>(params, of_warp, place);
     }
 }
 
