@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.markdown import table
 from lite_attention.calibration import Target
 from lite_attention.costs import Cost
 
@@ -37,12 +38,38 @@ def compare(
 
 def print_rows(rows: Sequence[Row]) -> None:
     """The figures as a table in Markdown."""
-    print("| target | reached | held out | off by | layers within 25 % | sparsity, held out |\n" + "|---" * 6 + "|")
-    for row in rows:
-        print(
-            f"| {row['quantity']} = {row['target']:g} | {row['reached']:.4f} | {row['held_out']:.4f} "
-            f"| {row['held_out'] / row['target'] - 1:+.0%} | {row['layers_within']:.0%} | {row['sparsity']:.3f} |"
-        )
+    columns = ["target", "reached", "held out", "off by", "layers within 25 %", "sparsity, held out"]
+    figures = (
+        [
+            f"{row['quantity']} = {row['target']:g}",
+            f"{row['reached']:.4f}",
+            f"{row['held_out']:.4f}",
+            f"{row['held_out'] / row['target'] - 1:+.0%}",
+            f"{row['layers_within']:.0%}",
+            f"{row['sparsity']:.3f}",
+        ]
+        for row in rows
+    )
+    print(table(columns, figures))
+
+
+def calibration_table(result: dict[str, Any], caption: str, held_out: str, digits: int) -> str:
+    """A kept result of such rows for readers: what the inputs that count are called, and digits of costs."""
+    within = f"layers within {result['setup']['within']:.0%} of it"
+    return table(
+        ["target", "reached", held_out, within, "blocks skipped"],
+        (
+            [
+                f"{row['quantity']} = {row['target']:g}",
+                f"{row['reached']:.{digits}f}",
+                f"{row['held_out']:.{digits}f}",
+                f"{row['layers_within']:.0%}",
+                f"{row['sparsity']:.0%}",
+            ]
+            for row in result["rows"]
+        ),
+        caption,
+    )
 
 
 def _mean(numbers: Sequence[float]) -> float:

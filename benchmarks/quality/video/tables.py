@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from benchmarks.markdown import table
+from benchmarks.quality.calibration import calibration_table
 from benchmarks.quality.video.evaluate import Measure, at_quality
 
 Result = dict[str, Any]
@@ -58,19 +61,17 @@ def video_rules(result: Result) -> str:
     }
     shown = {name: column for name, column in columns.items() if any(row["method"] == name for row in rows)}
     dense = of["dense", None]["attention_milliseconds"]
-    lines = [
+    return table(
+        ["threshold", *shown.values()],
+        (
+            [f"{threshold:g}", *(_video_cell(of.get((name, threshold)), dense) for name in shown)]
+            for threshold in sorted({threshold for name, threshold in of if name in shown and threshold % 1 == 0})
+        ),
         f"What skipping costs our video model ({setup['tokens']:,} tokens, {setup['steps']} steps, held-out labels, "
         f"videos: {setup['videos']}) on one {result['machine']['processor']}, against dense attention from the same "
         "noise: PSNR, share of the blocks skipped over all steps, and speed of all attention against PyTorch's dense "
         "one (`benchmarks/quality/video/evaluate.py`):",
-        "",
-        "| threshold | " + " | ".join(shown.values()) + " |",
-        "|---" * (1 + len(shown)) + "|",
-    ]
-    for threshold in sorted({threshold for name, threshold in of if name in shown and threshold % 1 == 0}):
-        cells = (of.get((name, threshold)) for name in shown)
-        lines.append(f"| {threshold:g} | " + " | ".join(_video_cell(cell, dense) for cell in cells) + " |")
-    return "\n".join(lines)
+    )
 
 
 def _video_cell(row: Result | None, dense: float | None) -> str:
@@ -88,33 +89,34 @@ def video_quality(result: Result) -> str:
     timed = len(dense) == 2
     found = {decibels: at_quality(rows, decibels) for decibels in (40.0, 33.0)}
     columns = ["skipped", "against published", *(["attention, speed"] if timed else [])]
-    names = [f"{column} at {decibels:.0f} dB" for decibels in found for column in columns]
-    lines = [
-        f"Share of the blocks skipped at the same PSNR, interpolated between two thresholds, videos: "
-        f"{result['setup']['videos']}, {result['setup']['tokens']:,} tokens"
-        + (
-            f"; speed of all attention against PyTorch's dense ({dense[0]:.0f} ms a video), and our own "
-            f"({dense[1]:.0f} ms):"
-            if timed
-            else ":"
-        ),
-        "",
-        "| | " + " | ".join(names) + " |",
-        "|---" * (1 + len(names)) + "|",
-    ]
-    for name, meaning in SHOWN.items():
-        cells: list[str] = []
+    speeds = ""
+    if timed:
+        ours = f"and our own ({dense[1]:.0f} ms)"
+        speeds = f"; speed of all attention against PyTorch's dense ({dense[0]:.0f} ms a video), {ours}"
+
+    def cells(name: str) -> Iterator[str]:
         for at in found.values():
             sparsity, milliseconds = at.get(name, (None, None))
             published, _ = at.get(PUBLISHED, (None, None))
-            cells.append("" if sparsity is None else f"{sparsity:.1%}")
-            cells.append("" if sparsity is None or published is None else f"{sparsity / published:.2f} x")
+            yield "" if sparsity is None else f"{sparsity:.1%}"
+            yield "" if sparsity is None or published is None else f"{sparsity / published:.2f} x"
             if timed:
-                speeds = [] if milliseconds is None else [f"{whole / milliseconds:.2f} x" for whole in dense]
-                cells.append(", ".join(speeds))
-        if any(cells):
-            lines.append(f"| {meaning} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+                yield "" if milliseconds is None else ", ".join(f"{whole / milliseconds:.2f} x" for whole in dense)
+
+    return table(
+        ["", *(f"{column} at {decibels:.0f} dB" for decibels in found for column in columns)],
+        _where_known(SHOWN, cells),
+        f"Share of the blocks skipped at the same PSNR, interpolated between two thresholds, videos: "
+        f"{result['setup']['videos']}, {result['setup']['tokens']:,} tokens{speeds}:",
+    )
+
+
+def _where_known(meanings: dict[str, str], cells: Callable[[str], Iterable[str]]) -> Iterator[list[str]]:
+    """Rows of a table, of the methods of which anything is known: what they mean, and their cells."""
+    for name, meaning in meanings.items():
+        known = list(cells(name))
+        if any(known):
+            yield [meaning, *known]
 
 
 def video_measures(result: Result) -> str:
@@ -123,37 +125,27 @@ def video_measures(result: Result) -> str:
         for measure, (meaning, qualities) in OTHER_MEASURES.items()
         for quality in qualities
     }
-    lines = [
-        "Share of the blocks skipped at the same SSIM, and error of motion, and as a multiple of the published rule's:",
-        "",
-        "| | " + " | ".join(found) + " |",
-        "|---" * (1 + len(found)) + "|",
-    ]
-    for name, meaning in SHOWN.items():
-        cells: list[str] = []
+
+    def cells(name: str) -> Iterator[str]:
         for at in found.values():
             sparsity, published = (at.get(method, (None, None))[0] for method in (name, PUBLISHED))
             against = "" if sparsity is None or published is None else f", {sparsity / published:.2f} x"
-            cells.append("" if sparsity is None else f"{sparsity:.1%}{against}")
-        if any(cells):
-            lines.append(f"| {meaning} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            yield "" if sparsity is None else f"{sparsity:.1%}{against}"
+
+    return table(
+        ["", *found],
+        _where_known(SHOWN, cells),
+        "Share of the blocks skipped at the same SSIM, and error of motion, and as a multiple of the published rule's:",
+    )
 
 
 def video_tries(*results: Result) -> str:
-    lengths = [f"{result['setup']['tokens']:,} tokens" for result in results]
-    lines = [
+    return table(
+        ["", *(f"{result['setup']['tokens']:,} tokens" for result in results)],
+        _where_known(TRIES, lambda name: (_against_mass(result["rows"], name) for result in results)),
         "Blocks skipped, as a multiple of what `mass` skips at the same PSNR, and over which range of PSNR (one "
         f"threshold: one figure), videos: {results[0]['setup']['videos']}:",
-        "",
-        "| | " + " | ".join(lengths) + " |",
-        "|---" * (1 + len(results)) + "|",
-    ]
-    for name, meaning in TRIES.items():
-        cells = [_against_mass(result["rows"], name) for result in results]
-        if any(cells):
-            lines.append(f"| {meaning} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    )
 
 
 def _against_mass(rows: list[Result], name: str) -> str:
@@ -175,63 +167,56 @@ def video_lengths(long: Result, short: Result) -> str:
     tokens = [result["setup"]["tokens"] for result in (short, long)]
     of_short, of_long = ({(row["method"], row["threshold"]): row for row in result["rows"]} for result in (short, long))
     relative = math.log2(tokens[1] / tokens[0])
-    lines = [
-        f"| means the same at both lengths | at {tokens[0]:,} tokens | dropped there "
-        f"| dropped at {tokens[1]:,} tokens | ratio |",
-        "|---" * 5 + "|",
-    ]
-    for form, name, shift in (
-        ("`mass`, a share", "product-mass", 0.0),
-        ("`mass`, a multiple of the share of a block in a uniform softmax", "product-mass", relative),
-        ("budget of the whole dropped mass", "budget", 0.0),
-    ):
+
+    def cells(name: str, shift: float) -> Iterator[str]:
         pairs = [
             (threshold, row["dropped"], of_long[name, threshold - shift]["dropped"])
             for (method, threshold), row in of_short.items()
             if method == name and threshold % 1 == 0 and (name, threshold - shift) in of_long
         ]
-        lines.append(
-            f"| {form} | "
-            + " | ".join(
-                ", ".join(numbers)
-                for numbers in (
-                    (f"{threshold:g}" for threshold, _, _ in pairs),
-                    (f"{of_short:.2%}" for _, of_short, _ in pairs),
-                    (f"{of_long:.2%}" for _, _, of_long in pairs),
-                    (f"{of_long / of_short:.2f}" for _, of_short, of_long in pairs),
-                )
+        yield ", ".join(f"{threshold:g}" for threshold, _, _ in pairs)
+        yield ", ".join(f"{of_short:.2%}" for _, of_short, _ in pairs)
+        yield ", ".join(f"{of_long:.2%}" for _, _, of_long in pairs)
+        yield ", ".join(f"{of_long / of_short:.2f}" for _, of_short, of_long in pairs)
+
+    return table(
+        [
+            "means the same at both lengths",
+            f"at {tokens[0]:,} tokens",
+            "dropped there",
+            f"dropped at {tokens[1]:,} tokens",
+            "ratio",
+        ],
+        (
+            [form, *cells(name, shift)]
+            for form, name, shift in (
+                ("`mass`, a share", "product-mass", 0.0),
+                ("`mass`, a multiple of the share of a block in a uniform softmax", "product-mass", relative),
+                ("budget of the whole dropped mass", "budget", 0.0),
             )
-            + " |"
-        )
-    return "\n".join(lines)
+        ),
+    )
 
 
 def video_calibration(result: Result) -> str:
     setup = result["setup"]
-    lines = [
+    return calibration_table(
+        result,
         f"Our video model, {setup['tokens']:,} tokens, {setup['steps']} steps, rule `{setup['rule']}`: thresholds "
         f"found on {setup['videos']} videos, and what they cost in {setup['held_out_videos']} with held-out labels; "
         "means over the layers (`benchmarks/quality/video/calibrate.py`):",
-        "",
-        f"| target | reached | held out | layers within {setup['within']:.0%} of it | blocks skipped |",
-        "|---" * 5 + "|",
-    ]
-    lines += [
-        f"| {row['quantity']} = {row['target']:g} | {row['reached']:.4f} | {row['held_out']:.4f} "
-        f"| {row['layers_within']:.0%} | {row['sparsity']:.0%} |"
-        for row in result["rows"]
-    ]
-    return "\n".join(lines)
+        held_out="held out",
+        digits=4,
+    )
 
 
 def video_bend(result: Result) -> str:
     bends = list(result["rows"][0]["bends"])
     names = {"0": "mean alone", "infinite": "v / 2"}
-    lines = [
-        "| blocks up to a share of | dropped | " + " | ".join(names.get(b, f"A = {b}") for b in bends) + " |",
-        "|---" * (2 + len(bends)) + "|",
-    ]
-    for row in result["rows"]:
-        errors = " | ".join(f"{row['bends'][bend]:.4f}" for bend in bends)
-        lines.append(f"| 2^{row['threshold']:g} | {row['dropped']:.4f} | {errors} |")
-    return "\n".join(lines)
+    return table(
+        ["blocks up to a share of", "dropped", *(names.get(bend, f"A = {bend}") for bend in bends)],
+        (
+            [f"2^{row['threshold']:g}", f"{row['dropped']:.4f}", *(f"{row['bends'][bend]:.4f}" for bend in bends)]
+            for row in result["rows"]
+        ),
+    )
