@@ -214,34 +214,37 @@ def tracking(workload: Workload, rounds: int) -> list[dict[str, Any]]:
     return [row("tracking", workload, name, times) for name in ("running_max", "mass")]
 
 
-def sparse(workload: Workload, rounds: int) -> list[dict[str, Any]]:
+def skipping(
+    group: str, workload: Workload, rounds: int, masks: dict[str, tuple[Tensor, dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Rows of a group, one for each mask, with what is known of the mask."""
     inputs = workload.inputs()
     calls = {"dense": dense_call(inputs), **fa3_call(inputs)}
-    masks = {(share, run): random_mask(workload, share, run) for share, run in itertools.product(SHARES, RUNS)}
-    before = {key: mask.clone() for key, mask in masks.items()}
-    calls |= {f"{share} by {run}": tracking_call(inputs, masks[share, run], "running_max") for share, run in masks}
+    calls |= {name: tracking_call(inputs, mask, "running_max") for name, (mask, _) in masks.items()}
+    before = {name: mask.clone() for name, (mask, _) in masks.items()}
     times = measure(calls, workload, rounds)
     rows = []
-    for share, run in masks:
-        assert torch.equal(masks[share, run], before[share, run]), "a block was cleared while skipping was timed"
-        skipped = 1 - unpack_bits(masks[share, run], ceil_div(workload.tokens, BLOCK_K)).double().mean().item()
-        result = row("sparse", workload, f"{share} by {run}", times, share=share, run=run, skipped=skipped)
+    for name, (mask, known) in masks.items():
+        assert torch.equal(mask, before[name]), "a block was cleared while skipping was timed"
+        skipped = 1 - unpack_bits(mask, ceil_div(workload.tokens, BLOCK_K)).double().mean().item()
+        result = row(group, workload, name, times, **known, skipped=skipped)
         rows.append(result | {"of_ideal": result["against_dense"] * (1 - skipped)})
     return rows
+
+
+def sparse(workload: Workload, rounds: int) -> list[dict[str, Any]]:
+    masks = {
+        f"{share} by {run}": (random_mask(workload, share, run), {"share": share, "run": run})
+        for share, run in itertools.product(SHARES, RUNS)
+    }
+    return skipping("sparse", workload, rounds, masks)
 
 
 def skewed(workload: Workload, rounds: int) -> list[dict[str, Any]]:
-    inputs = workload.inputs()
-    masks = {f"{share} skewed": random_mask(workload, share, 1, skew=1.0) for share in SKEWED_SHARES}
-    calls = {"dense": dense_call(inputs), **fa3_call(inputs)}
-    calls |= {name: tracking_call(inputs, mask, "running_max") for name, mask in masks.items()}
-    times = measure(calls, workload, rounds)
-    rows = []
-    for name, mask in masks.items():
-        skipped = 1 - unpack_bits(mask, ceil_div(workload.tokens, BLOCK_K)).double().mean().item()
-        result = row("skewed", workload, name, times, skipped=skipped)
-        rows.append(result | {"of_ideal": result["against_dense"] * (1 - skipped)})
-    return rows
+    masks: dict[str, tuple[Tensor, dict[str, Any]]] = {
+        f"{share} skewed": (random_mask(workload, share, 1, skew=1.0), {}) for share in SKEWED_SHARES
+    }
+    return skipping("skewed", workload, rounds, masks)
 
 
 def summaries(workload: Workload, rounds: int) -> list[dict[str, Any]]:

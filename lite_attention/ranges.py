@@ -34,8 +34,8 @@ def unpack_bits(words: Tensor, blocks: int) -> Tensor:
 
 def octet_counts(device: torch.device | str | None = None) -> Tensor:
     """Number of bits that are 1 in each octet from 0 to 255, uint8 (256,)."""
-    octets = torch.arange(256, dtype=torch.uint8, device=device)
-    return sum(((octets >> bit) & 1 for bit in range(8)), torch.zeros_like(octets))
+    octets = torch.arange(256, dtype=torch.int32, device=device)
+    return unpack_bits(octets[:, None], 8).sum(-1, dtype=torch.uint8)
 
 
 def count_bits(words: Tensor, counts: Tensor | None = None) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from lite_attention import LiteAttention, ops
+from lite_attention.backend.denoising import risen
 from lite_attention.options import Rule
 from lite_attention.reference import LOG2_E, SUMMARY_BEND, spread
 from lite_attention.tiles import BLOCK_K, TILE_Q, ceil_div
@@ -466,12 +467,12 @@ def _attend_tiles(
         known = torch.where(visited & ~use, block_max + keys.real.sum(1).log2(), taken)
     else:
         taken = known = torch.where(use, mass, keys.estimate(queries))
-    lse = _log2_sum_exp2(taken)
+    lse = log2_sum_exp2(taken)
     weights.mul_((block_max - lse[:, None]).exp2_().masked_fill_(~use, 0.0)[..., None])
     out = weights.flatten(1) @ keys.value
     if keys.summaries != "none":
         out += (taken - lse[:, None]).exp2_().masked_fill_(use, 0.0) @ keys.mean_value
-    dropped = (mass - _log2_sum_exp2(mass)[:, None]).exp2_().masked_fill_(use, 0.0).sum(1)
+    dropped = (mass - log2_sum_exp2(mass)[:, None]).exp2_().masked_fill_(use, 0.0).sum(1)
     share = torch.full_like(known, math.inf) if lse_before is None else known - lse_before[:, None]
     counts = _by_tile(torch.ones_like(lse)[:, None], tile_q, 0.0).sum(1)
     tile_share = _by_tile((taken - lse[:, None]).exp2(), tile_q, 0.0).sum(1) / counts
@@ -487,7 +488,7 @@ def _margins(block_max: Tensor, visited: Tensor, first: Tensor | None) -> Tensor
     return (visited_max - before).masked_fill(~visited, -math.inf)
 
 
-def _log2_sum_exp2(exponents: Tensor) -> Tensor:
+def log2_sum_exp2(exponents: Tensor) -> Tensor:
     """Over the last dimension."""
     return torch.logsumexp(exponents / LOG2_E, dim=-1) * LOG2_E
 
@@ -564,7 +565,7 @@ def _product(rule: Rule, refresh: int = 0) -> Callable[[float], Attention]:
 def _product_rising(rule: Rule, rise: float, steps: int = 25) -> Callable[[float], Attention]:
     """A threshold that rises by so much over the steps: errors of late steps change a video less."""
     return lambda threshold: ProductAttention(
-        {step: threshold + rise * step / (steps - 1) for step in range(steps)}, rule
+        {step: risen(threshold, rise, step, steps) for step in range(steps)}, rule
     )
 
 

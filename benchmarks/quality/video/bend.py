@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
-from benchmarks.quality.methods import dense_attention
+from benchmarks.quality.methods import dense_attention, log2_sum_exp2
 from benchmarks.quality.video import CHECKPOINT
 from benchmarks.quality.video.evaluate import choose_videos
 from benchmarks.quality.video.model import HEAD_DIM, PATCH, load
@@ -51,8 +51,8 @@ def squared_errors(
     scores = pad(query @ key.T, (0, filled), value=-math.inf).unflatten(1, (-1, BLOCK_K))
     values = pad(value, (0, 0, 0, filled))
     counts = scores.isfinite()[0].sum(1)
-    mass = _log2_sum_exp2(scores)
-    lse = _log2_sum_exp2(mass)[:, None]
+    mass = log2_sum_exp2(scores)
+    lse = log2_sum_exp2(mass)[:, None]
     dense = torch.exp2(scores - lse[..., None]).flatten(1) @ values
     kept = (mass - lse > threshold) | (mass == mass.amax(1, keepdim=True))
     at_mean = counts.log2() + query @ mean.T
@@ -61,7 +61,7 @@ def squared_errors(
     errors = []
     for estimate in estimates:
         taken = torch.where(kept, mass, estimate)
-        total = _log2_sum_exp2(taken)[:, None]
+        total = log2_sum_exp2(taken)[:, None]
         out = (torch.exp2(scores - total[..., None]) * kept[..., None]).flatten(1) @ values
         out += (torch.exp2(taken - total) * ~kept) @ mean_value
         errors.append((out - dense).square().sum())
@@ -72,10 +72,6 @@ def _spread(variance: Tensor, bend: float) -> Tensor:
     if bend == math.inf:
         return variance / 2 * LOG2_E
     return spread(variance, bend) if bend else torch.zeros_like(variance)
-
-
-def _log2_sum_exp2(exponents: Tensor) -> Tensor:
-    return torch.logsumexp(exponents / LOG2_E, dim=-1) * LOG2_E
 
 
 def main() -> None:

@@ -7,11 +7,11 @@
 #include <algorithm>
 
 #include "../common/device.h"
+#include "../common/warp.h"
 
 namespace lite_attention::sm90 {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kThreads = 512;
 constexpr int kClasses = 32;
 static_assert(kClasses == kWarp);  // a lane each
