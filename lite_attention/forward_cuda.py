@@ -41,6 +41,8 @@ def forward(
     scale: float,
     causal: bool,
     rule: Rule,
+    *,
+    pairs_visited: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Arguments, results and meaning as `lite_attention.reference.forward`; bfloat16 and float16.
 
@@ -64,6 +66,8 @@ def forward(
         query, scale = (-query, -scale) if scale < 0 else (query * scale, 1.0)
     query, key, value = (_readable(tensor) for tensor in (query, key, value))
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if pairs_visited is not None and not out.numel():
+        pairs_visited.zero_()  # nothing is launched
     # One allocation for two: behind the results three counters, and the order and what each row of the mask visits.
     rows = batch * heads * tokens_q
     schedule_words = 3 if mask is None else 3 + 2 * mask.shape[:3].numel()
@@ -88,6 +92,7 @@ def forward(
         _contiguous_rows(thresholds),
         must_visit,
         must_skip,
+        pairs_visited,
         summaries,
         skipped,
         scale,

@@ -112,9 +112,21 @@ def dense(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool 
 
 
 def step(
-    inputs: Inputs, state: State, thresholds: Tensor, rule: Rule, *, scale: float = 0.125, causal: bool = False
+    inputs: Inputs,
+    state: State,
+    thresholds: Tensor,
+    rule: Rule,
+    *,
+    scale: float = 0.125,
+    causal: bool = False,
+    pairs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return ops.forward(*inputs, *state, thresholds, None, None, scale, causal, rule)
+    return ops.forward(*inputs, *state, thresholds, None, None, scale, causal, rule, pairs_visited=pairs)
+
+
+def counter() -> Tensor:
+    """For the pairs that a step visits."""
+    return torch.full((), -1, dtype=torch.int64, device=DEVICE)
 
 
 def assert_same(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> None:
@@ -226,7 +238,9 @@ def test_empty(batch: int, tokens_q: int, tokens_k: int, rule: Rule | None) -> N
     if rule is None:
         out, lse = dense(*inputs, 0.125)
     else:
-        out, lse = step(inputs, cuda_state(shape), numbers(*[-4.0] * batch), rule)
+        pairs = counter()
+        out, lse = step(inputs, cuda_state(shape), numbers(*[-4.0] * batch), rule, pairs=pairs)
+        assert int(pairs) == 0
     assert torch.equal(out, torch.zeros_like(inputs[0]))
     assert torch.equal(lse, torch.full((batch, 2, tokens_q), -math.inf, device=DEVICE))
 
@@ -243,8 +257,13 @@ def test_many_tiles_with_random_masks(rule: Rule, head_dim: int, causal: bool) -
     before = state.copy()
     visits = state.mask.clone()
     visits[1] = all_blocks(shape.blocks)
-    out, lse = step(inputs, state, numbers(NEVER, -math.inf), rule, causal=causal)
-    expected = attend(*inputs, 0.125, attended_pairs(shape, causal, visits))
+    pairs = counter()
+    out, lse = step(inputs, state, numbers(NEVER, -math.inf), rule, causal=causal, pairs=pairs)
+    attended = attended_pairs(shape, causal, visits)
+    padded = pad(attended, (0, -shape.tokens_k % BLOCK_K, 0, -shape.tokens_q % TILE_Q))
+    of_tiles = padded.unflatten(3, (-1, BLOCK_K)).unflatten(2, (-1, TILE_Q))
+    assert int(pairs) == int(of_tiles.any(-1).any(3).sum())
+    expected = attend(*inputs, 0.125, attended)
     assert_result_agrees(out, lse, *expected, TOLERANCES[torch.bfloat16])
     assert torch.equal(state.mask, before.mask)
 
@@ -887,6 +906,7 @@ def test_operator_is_registered_correctly(tracked: str) -> None:
     torch.library.opcheck(
         torch.ops.lite_attention.forward.default,
         (*cuda_inputs(shape), *optional[tracked], 0.25, False, rule),
+        {"pairs_visited": torch.zeros((), dtype=torch.int64, device=DEVICE)} if tracked == "forced" else {},
     )
 
 
@@ -906,10 +926,11 @@ def test_module_takes_the_steps_that_it_takes_on_the_cpu(rule: Rule) -> None:
     on_gpu = LiteAttention(-3.25, rule=rule, refresh_interval=3)
     on_cpu = LiteAttention(-3.25, rule=rule, refresh_interval=3)
     sparsities = []
-    for seed in (0, 0, 1, 1, 2):
+    for seed, visit_all in ((0, True), (0, True), (1, False), (1, False), (2, True), (2, False)):
         inputs = moving_inputs(seed)
-        out, lse = on_gpu(*on_device(inputs), math.log(2), return_softmax_lse=True)
-        expected_out, expected_lse = on_cpu(*(x.float() for x in inputs), math.log(2), return_softmax_lse=True)
+        options = {"return_softmax_lse": True, "visit_all": visit_all}
+        out, lse = on_gpu(*on_device(inputs), math.log(2), **options)
+        expected_out, expected_lse = on_cpu(*(x.float() for x in inputs), math.log(2), **options)
         assert_result_agrees(out, lse, expected_out.double(), expected_lse.double(), TOLERANCES[torch.bfloat16])
         assert on_gpu.skip_state is not None and on_cpu.skip_state is not None
         assert torch.equal(on_gpu.skip_state.mask.cpu(), on_cpu.skip_state.mask)

@@ -109,10 +109,11 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
         error = cudaMemsetAsync(params.schedule, 0, kCounters * sizeof(int), stream);
     }
     int64_t const rows = static_cast<int64_t>(tiles) * params.heads * params.batch;
-    if (error == cudaSuccess && Config::kTracking != Tracking::kNone && rows > processors()) {
+    bool const weighs = rows > processors() || params.visited != nullptr;
+    if (error == cudaSuccess && Config::kTracking != Tracking::kNone && weighs) {
         kernel_params.rows.order = params.schedule + kCounters;
         bool const near = head_bytes * params.kv_heads * params.batch <= kGroupBytes;
-        error = order_rows(kernel_params.rows, params.schedule, near, stream);
+        error = order_rows(kernel_params.rows, params.schedule, params.visited, near, stream);
     }
     if constexpr (Config::kSummaries > 0) {
         SummarizeBlocksParams const blocks = {

@@ -38,11 +38,11 @@ struct Peers {
 };
 
 __global__ void __launch_bounds__(kThreads)
-order_kernel(RowParams const params, int32_t* counters, int32_t* order, bool near) {
+order_kernel(RowParams const params, int32_t* counters, int32_t* order, int64_t* visited, bool near) {
     int const rows = params.tiles * params.heads * params.batch;
     int const lane = threadIdx.x % kWarp;
     int32_t* const visits = order + rows;
-    auto* const sum = reinterpret_cast<uint32_t*>(counters + 2);
+    auto* const sum = reinterpret_cast<uint32_t*>(counters + 2);  // attention to 2^32 blocks takes half a minute
     uint32_t own = 0;
     int const warps = gridDim.x * (kThreads / kWarp);
     for (int row = blockIdx.x * (kThreads / kWarp) + threadIdx.x / kWarp; row < rows; row += warps) {
@@ -62,7 +62,9 @@ order_kernel(RowParams const params, int32_t* counters, int32_t* order, bool nea
     __syncthreads();
     if (!is_last) { return; }
     __threadfence();
-    uint32_t const mean = max(__ldcg(sum) / rows, 1u);
+    uint32_t const all = __ldcg(sum);
+    uint32_t const mean = max(all / rows, 1u);
+    if (threadIdx.x == 0 && visited != nullptr) { *visited = all; }
     __shared__ int place[kClasses + 1];  // the last one is of lanes without a row
     if (threadIdx.x <= kClasses) { place[threadIdx.x] = 0; }
     __syncthreads();
@@ -97,10 +99,10 @@ order_kernel(RowParams const params, int32_t* counters, int32_t* order, bool nea
 
 }  // namespace
 
-cudaError_t order_rows(RowParams const& rows, int32_t* counters, bool near, cudaStream_t stream) {
+cudaError_t order_rows(RowParams const& rows, int32_t* counters, int64_t* visited, bool near, cudaStream_t stream) {
     int const warps = rows.tiles * rows.heads * rows.batch;
     int const grid = std::min(ceil_div(warps, kThreads / kWarp), 2 * processors());
-    order_kernel<<<grid, kThreads, 0, stream>>>(rows, counters, const_cast<int32_t*>(rows.order), near);
+    order_kernel<<<grid, kThreads, 0, stream>>>(rows, counters, const_cast<int32_t*>(rows.order), visited, near);
     return cudaGetLastError();
 }
 
