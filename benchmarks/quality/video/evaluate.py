@@ -86,7 +86,7 @@ def generate(model: VideoTransformer, video: Video, method: Method, steps: int, 
         layer = layers.get(site[1:])
         if layer is None:
             layer = layers[site[1:]] = method.make()
-        out = layer(query, key, value, skip=method.skips(site.step, steps))
+        out = layer(query, key, value, phase=method.phase(site.step, steps))
         sparsity[site], dropped[site] = layer.sparsity, layer.dropped
         return out
 
