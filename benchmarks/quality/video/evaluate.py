@@ -159,9 +159,9 @@ def evaluate(
     `keep` is called after each of them with what is known so far.
     """
     if model.patch_in.weight.is_cuda:
-        # Kernels are loaded, and chosen, before anything is timed; those of skipping by the second step.
+        # Kernels are loaded, and chosen, before anything is timed; those of skipping by the second step that may skip.
         for method in tqdm({method.name: method for method in (DENSE, *methods)}.values(), desc="warm-up"):
-            generate(model, videos[0], method, 2, guidance)
+            generate(model, videos[0], method, method.warmup_steps + 2 + method.cooldown_steps, guidance)
     start = time.monotonic()
     comparisons: list[Comparison] = []
     dense: list[Run] = []
