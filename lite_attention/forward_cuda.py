@@ -68,9 +68,9 @@ def forward(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if pairs_visited is not None and not out.numel():
         pairs_visited.zero_()  # nothing is launched
-    # One allocation for two: behind the results three counters, and the order and what each row of the mask visits.
+    # One allocation for two: behind the results a counter, and the order and what each row of the mask visits.
     rows = batch * heads * tokens_q
-    schedule_words = 3 if mask is None else 3 + 2 * mask.shape[:3].numel()
+    schedule_words = 1 if mask is None else 1 + 2 * mask.shape[:3].numel()
     words = torch.empty(rows + schedule_words, dtype=torch.float32, device=query.device)
     lse, schedule = words[:rows].view(batch, heads, tokens_q), words[rows:].view(torch.int32)
     mask_rows, lse_rows = _contiguous_rows(mask), _contiguous_rows(lse_state)

@@ -105,15 +105,12 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
     constexpr int kSharedBytes = sizeof(SharedStorage<Config>);
     static_assert(kSharedBytes <= 227 * 1024);
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-    if (error == cudaSuccess && !Config::kPaired) {
-        error = cudaMemsetAsync(params.schedule, 0, kCounters * sizeof(int), stream);
-    }
-    int64_t const rows = static_cast<int64_t>(tiles) * params.heads * params.batch;
-    bool const weighs = rows > processors() || params.visited != nullptr;
-    if (error == cudaSuccess && Config::kTracking != Tracking::kNone && weighs) {
-        kernel_params.rows.order = params.schedule + kCounters;
+    if (error == cudaSuccess && Config::kTracking != Tracking::kNone) {
+        kernel_params.rows.order = params.schedule + 1;
         bool const near = head_bytes * params.kv_heads * params.batch <= kGroupBytes;
-        error = order_rows(kernel_params.rows, params.schedule, params.visited, near, stream);
+        error = order_rows(kernel_params.rows, params.visited, near, stream);
+    } else if (error == cudaSuccess && !Config::kPaired) {
+        error = cudaMemsetAsync(params.schedule, 0, sizeof(int), stream);
     }
     if constexpr (Config::kSummaries > 0) {
         SummarizeBlocksParams const blocks = {
@@ -126,16 +123,17 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
         cudaLaunchAttribute attributes[2]{};
         attributes[0].id = cudaLaunchAttributeClusterDimension;
         attributes[0].val.clusterDim = {Config::kCluster, 1, 1};
-        // Begins beside the kernel that summarizes blocks, and waits for it where it needs summaries.
+        // Begins beside the kernel before, which summarizes blocks or orders rows, and waits where it needs what that writes.
         attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attributes[1].val.programmaticStreamSerializationAllowed = 1;
         cudaLaunchConfig_t config{};
+        int64_t const rows = static_cast<int64_t>(tiles) * params.heads * params.batch;
         config.gridDim = static_cast<unsigned>(std::min<int64_t>(rows, processors() / Config::kCluster)) * Config::kCluster;
         config.blockDim = Config::kThreads;
         config.dynamicSmemBytes = kSharedBytes;
         config.stream = stream;
         config.attrs = attributes;
-        config.numAttrs = Config::kSummaries > 0 ? 2 : 1;
+        config.numAttrs = Config::kTracking != Tracking::kNone ? 2 : 1;
         error = cudaLaunchKernelEx(&config, kernel, kernel_params);
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

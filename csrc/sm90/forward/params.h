@@ -29,7 +29,7 @@ struct ForwardParams {
     TensorView out;
 
     float* lse;        // (batch, heads, tokens_q) contiguous, natural log
-    int32_t* schedule;  // words for the launch: `kCounters`, and with a mask two for each row of it
+    int32_t* schedule;  // words for the launch: one, and with a mask two for each row of it
 
     // The skip state; `mask` null: dense, and the others are not read.
     int32_t* mask;  // (batch, heads, tiles, words), words contiguous

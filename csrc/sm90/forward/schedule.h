@@ -18,7 +18,7 @@ struct RowParams {
     int32_t const* must_visit;
     int32_t const* must_skip;
     int* counter;
-    int32_t const* order;  // numbers of rows as `locate` takes them; null: 0, 1, 2, ...
+    int32_t const* order;  // numbers of rows as `locate` takes them; null where nothing is tracked: 0, 1, 2, ...
     int tokens_q;
     int tokens_k;
     int tile_queries;  // in a tile
@@ -318,12 +318,13 @@ CUTLASS_DEVICE void plan(RowParams const& params, int32_t* skipped, SharedStorag
         ++n;
     };
 
+    if constexpr (kTracks && Config::kSummaries == 0) { cudaGridDependencySynchronize(); }  // rows are in order
     // Rows are taken from a counter as thread blocks come to them, one ahead. Pairs, whose rows are all alike, take turns.
     auto take = [&] { return !Config::kPaired && leader ? atomicAdd(params.counter, 1) : 0; };
     int taken = take();
     for (int row = blockIdx.x / kCluster; row < rows;) {
         StepOf<Config> step{};
-        locate(params, kTracks && params.order != nullptr ? params.order[row] : row, step.work);
+        locate(params, kTracks ? params.order[row] : row, step.work);
         step.work.tile = step.work.tile * kCluster + blockIdx.x % kCluster;
         int32_t* notes = nullptr;
         if constexpr (Config::kSummaries > 0) {
