@@ -76,23 +76,23 @@ def test_dense_reference_in_float64_is_exact(rule: Rule) -> None:
 @pytest.mark.parametrize("rule", ALL_RULES)
 def test_empty_sequences(implementation: str, tokens_q: int, tokens_k: int, rule: Rule) -> None:
     shape = Shape(tokens_q=tokens_q, tokens_k=tokens_k)
-    state = fresh_state(shape)
-    out, lse = IMPLEMENTATIONS[implementation](
-        *make_inputs(shape), state.mask, state.lse, torch.tensor([-4.0]), None, None, 1.0, False, rule
-    )
+    state, pairs = fresh_state(shape), torch.full((), -1, dtype=torch.int64)
+    arguments = (*make_inputs(shape), state.mask, state.lse, torch.tensor([-4.0]), None, None, 1.0, False, rule)
+    out, lse = IMPLEMENTATIONS[implementation](*arguments, pairs_visited=pairs)
     assert torch.equal(out, torch.zeros(1, tokens_q, 2, 16))
     assert torch.equal(lse, torch.full((1, 2, tokens_q), -math.inf))
+    assert int(pairs) == 0
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_empty_batch(implementation: str) -> None:
     shape = Shape(batch=0)
-    state = fresh_state(shape)
-    out, lse = IMPLEMENTATIONS[implementation](
-        *make_inputs(shape), state.mask, state.lse, torch.zeros(0), None, None, 1.0, False, "mass"
-    )
+    state, pairs = fresh_state(shape), torch.full((), -1, dtype=torch.int64)
+    arguments = (*make_inputs(shape), state.mask, state.lse, torch.zeros(0), None, None, 1.0, False, "mass")
+    out, lse = IMPLEMENTATIONS[implementation](*arguments, pairs_visited=pairs)
     assert out.shape == (0, 200, 2, 16)
     assert lse.shape == (0, 2, 200)
+    assert int(pairs) == 0
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
