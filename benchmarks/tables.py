@@ -19,6 +19,7 @@ from benchmarks.quality.video.tables import (
     video_lengths,
     video_measures,
     video_quality,
+    video_recommended,
     video_rules,
     video_tries,
 )
@@ -251,6 +252,7 @@ RESULTS: dict[Callable[..., str], tuple[str, ...]] = {
     video_rules: ("video_quality",),
     video_quality: ("video_quality",),
     video_measures: ("video_quality",),
+    video_recommended: ("video_quality",),
     video_tries: ("video_quality_tries", "video_quality_tries_8"),
     video_lengths: ("video_quality_tries", "video_quality_tries_8"),
     video_calibration: ("video_calibration",),

@@ -67,7 +67,7 @@ def forward(
     query, key, value = (_readable(tensor) for tensor in (query, key, value))
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if pairs_visited is not None and mask is not None and not mask.numel():
-        pairs_visited.zero_()  # an empty mask has no address, by which kernels know that there is one to order and count
+        pairs_visited.zero_()  # an empty mask has no address, so the kernels take the call for a dense one
     # One allocation for two: behind the results a counter, and the order and what each row of the mask visits.
     rows = batch * heads * tokens_q
     schedule_words = 1 if mask is None else 1 + 2 * mask.shape[:3].numel()
