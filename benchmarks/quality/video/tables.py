@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.markdown import table
 from benchmarks.quality.calibration import calibration_table
-from benchmarks.quality.video.evaluate import Measure, at_quality
+from benchmarks.quality.video.evaluate import Measure, at_quality, of_one_run
 from lite_attention.tiles import BLOCK_K, ceil_div
 
 Result = dict[str, Any]
@@ -47,12 +47,12 @@ TRIES = {
     "mass-mean": "`mass` with summaries, keys at their mean",
     "mass-variance": "`mass` with summaries, mean and variance without a bend",
     "mass-variance-32": "the same, blocks of 32 keys",
-    "product-mass-warmup": "`mass`, 5 dense steps first, 2 last",
+    "product-mass-warmup": "`mass`, 7 dense steps first, 2 last",
 }
 
 
 def video_rules(result: Result) -> str:
-    setup, rows = result["setup"], result["rows"]
+    setup, rows = result["setup"], of_one_run(result["rows"])
     of = {(row["method"], row["threshold"]): row for row in rows}
     columns = {name: PRODUCT[name] for name in list(PRODUCT)[:3]} | {
         RECOMMENDED: "`mass`, 5 dense steps, rising from this by 4 over the steps"
@@ -85,7 +85,7 @@ def _speed(row: Result, dense: float | None) -> str:
 
 
 def video_quality(result: Result) -> str:
-    rows = result["rows"]
+    rows = of_one_run(result["rows"])
     of_dense = {row["method"]: row["attention_milliseconds"] for row in rows if row["threshold"] is None}
     dense = [milliseconds for milliseconds in of_dense.values() if milliseconds is not None]
     timed = len(dense) == 2
@@ -122,22 +122,13 @@ def _where_known(meanings: dict[str, str], cells: Callable[[str], Iterable[str]]
 
 
 def video_recommended(result: Result) -> str:
-    rows = [row for row in result["rows"] if row["method"] in (RECOMMENDED, "product-mass-rising-4")]
-    (dense,) = (row["attention_milliseconds"] for row in result["rows"] if row["method"] == "dense")
+    rows = of_one_run(result["rows"])
+    (dense,) = (row["attention_milliseconds"] for row in rows if row["method"] == "dense")
     blocks = ceil_div(result["setup"]["tokens"], BLOCK_K)
     return table(
-        [
-            "dense steps",
-            "first value",
-            "for any length, if it carries over",
-            "PSNR",
-            "SSIM",
-            "blocks skipped",
-            "attention",
-        ],
+        ["first value", "for any length, if it carries over", "PSNR", "SSIM", "blocks skipped", "attention"],
         (
             [
-                str(row["warmup_steps"]),
                 f"{row['threshold']:g}",
                 f"{row['threshold'] + math.log2(blocks):.1f} - log2(blocks)",
                 f"{row['psnr']:.1f} dB",
@@ -145,8 +136,8 @@ def video_recommended(result: Result) -> str:
                 f"{row['sparsity']:.0%}",
                 _speed(row, dense),
             ]
-            for row in sorted(rows, key=lambda row: (-row["warmup_steps"], row["threshold"]))
-            if row["threshold"] % 1 == 0 and row["psnr"] > 30
+            for row in sorted(rows, key=lambda row: row["threshold"] or 0)
+            if row["method"] == RECOMMENDED and row["threshold"] % 0.5 == 0
         ),
     )
 
