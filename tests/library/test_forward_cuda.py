@@ -169,6 +169,18 @@ def test_dense_shapes(name: str, causal: bool) -> None:
     assert_result_agrees(*dense(*inputs, 0.125, causal), *expected, TOLERANCES[torch.bfloat16])
 
 
+@pytest.mark.parametrize("tokens_q", [150, 200])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_heights_of_tiles(dtype: torch.dtype, head_dim: int, tokens_q: int) -> None:
+    """A head for each multiprocessor: 192 queries in a tile if it holds them all, else 256 or 128, by the head size."""
+    heads = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    shape = Shape(tokens_q=tokens_q, heads=heads, kv_heads=heads, head_dim=head_dim)
+    inputs = cuda_inputs(shape, dtype)
+    expected = attend(*inputs, head_dim**-0.5, attended_pairs(shape))
+    assert_result_agrees(*dense(*inputs, head_dim**-0.5), *expected, TOLERANCES[dtype])
+
+
 @pytest.mark.parametrize("tokens_q", [200, 4174], ids=["one pair of tiles", "a tile without partner"])
 @pytest.mark.parametrize("tokens_k", [8192, 8256, 8293])
 @pytest.mark.parametrize("head_dim", [64, 72, 128])

@@ -38,9 +38,17 @@ constexpr int kSteps = 8;
 // Named barriers (0 is __syncthreads): turn + i lets consumer i issue its matrix products.
 constexpr int kTurnBarrier = 1;
 
-// A kernel. `kPaired_`: two thread blocks (a cluster) work side by side on tiles of queries that visit the same key blocks, and
-// each fetches half of every block for both. That saves power, and with it time, but each waits for the other.
-template <int kHeadDim_, class Element_, Tracking kTracking_, bool kPaired_>
+// Warpgroups of a thread block that compute, 64 queries each. The more there are, the better they hide what each waits for, and the
+// more queries a fetched block serves; registers and a row of the mask, which is two warpgroups', set the limit. More than two work on
+// several rows of the mask side by side, so that all must visit the same.
+constexpr int most_consumers(int head_dim, Tracking tracking) {
+    return tracking != Tracking::kNone ? 2 : head_dim <= 64 ? 4 : head_dim == 128 ? 3 : 2;
+}
+
+// A kernel. `kConsumers_`: warpgroups that compute. `kPaired_`: two thread blocks (a cluster) work side by side on tiles of queries
+// that visit the same key blocks, and each fetches half of every block for both. That saves power, and with it time, but each waits
+// for the other.
+template <int kHeadDim_, class Element_, Tracking kTracking_, int kConsumers_, bool kPaired_>
 struct Config {
     using Element = Element_;
     static constexpr int kHeadDim = kHeadDim_;
@@ -49,18 +57,15 @@ struct Config {
     static_assert(!kPaired || kTracking == Tracking::kNone);
     static constexpr int kCluster = kPaired ? 2 : 1;
 
-    // Warpgroups that compute, 64 queries each. The more there are, the better they hide what each waits for, and the more queries
-    // a fetched block serves; registers and a row of the mask, which is two warpgroups', set the limit. More than two work on
-    // several rows of the mask side by side, so that all must visit the same.
-    static constexpr int kConsumers = kTracking != Tracking::kNone ? 2 : kHeadDim <= 64 ? 4 : kHeadDim == 128 ? 3 : 2;
+    static constexpr int kConsumers = kConsumers_;
     static constexpr bool kWide = kConsumers > 2;
     static constexpr int kRows = kConsumers * 64;
     static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
     static constexpr int kConsumerWarps = kRows / kWarpQ;
     static_assert(kRows == kTileQ || kTracking == Tracking::kNone);
 
-    // Blocks that one product tile gathers, and tiles in flight.
-    static constexpr int kBlocks = kWide || kHeadDim > 128 ? 1 : 3;
+    // Blocks that one product tile gathers, as many as registers hold, and tiles in flight.
+    static constexpr int kBlocks = kHeadDim > 128 ? 1 : kConsumers == 2 ? 3 : kConsumers == 3 && kHeadDim <= 64 ? 2 : 1;
     static constexpr int kTileK = kBlocks * kBlockK;
     static constexpr int kStages = kWide ? 4 : kHeadDim == 192 ? 3 : 2;
     static constexpr int kQueryStages = kWide || kHeadDim < 128 ? 2 : 1;

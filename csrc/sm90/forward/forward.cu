@@ -147,6 +147,21 @@ bool pays_paired(ForwardParams const& params) {
     return params.tokens_k >= 8192 && !params.causal && (tiles % 2 == 0 || tiles >= 32);
 }
 
+// Queries that a multiprocessor works on if all have the same number of tiles: a last wave that is not full takes as long as a full one.
+template <class Config>
+int queries_in_waves(ForwardParams const& params) {
+    int const tiles = ceil_div(params.tokens_q, Config::kRows) * params.heads * params.batch;
+    return ceil_div(tiles, processors()) * Config::kRows;
+}
+
+// Whether lower tiles fill their waves so much better that they are faster, though each query takes longer in them. Causal tiles
+// differ in length and fill each other's gaps.
+template <class Low, class High>
+bool pays_low(ForwardParams const& params) {
+    constexpr double kCost = 1.05;  // measured (docs/kernel-notes.md)
+    return !params.causal && kCost * queries_in_waves<Low>(params) < queries_in_waves<High>(params);
+}
+
 }  // namespace
 
 template <int kHeadDim, bool kBFloat16, int kTracking>
@@ -154,11 +169,17 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
     using Element = cute::conditional_t<kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
     constexpr auto kWhat = static_cast<Tracking>(kTracking);
     if (tensor_map_encoder() == nullptr) { return "the CUDA driver is too old: it has no tensor maps"; }
+    constexpr int kMost = most_consumers(kHeadDim, kWhat);
+    using High = Config<kHeadDim, Element, kWhat, kMost, false>;
+    if constexpr (High::kWide) {
+        using Low = Config<kHeadDim, Element, kWhat, kMost - 1, false>;
+        if (pays_low<Low, High>(params)) { return launch<Low>(params, stream); }
+    }
     if constexpr (kWhat == Tracking::kNone && 64 < kHeadDim && kHeadDim <= 128) {
-        using Paired = Config<kHeadDim, Element, kWhat, true>;
+        using Paired = Config<kHeadDim, Element, kWhat, kMost, true>;
         if (pays_paired<Paired>(params)) { return launch<Paired>(params, stream); }
     }
-    return launch<Config<kHeadDim, Element, kWhat, false>>(params, stream);
+    return launch<High>(params, stream);
 }
 
 template char const* launch<LITE_HEAD_DIM, LITE_BFLOAT16, 0>(ForwardParams const&, cudaStream_t);
