@@ -171,6 +171,27 @@ def test_dense_with_many_keys(dtype: torch.dtype, head_dim: int, tokens_k: int, 
     torch.testing.assert_close(lse.double(), expected_lse, rtol=TOLERANCES[dtype].lse, atol=TOLERANCES[dtype].lse)
 
 
+@pytest.mark.parametrize(
+    ("tokens_q", "tokens_k"),
+    [(300, 8400), (1100, 9001), (16500, 16500), (20000, 16420)],
+    ids=["one pair of tiles", "longer keys", "square", "longer queries"],
+)
+@pytest.mark.parametrize("head_dim", [96, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_causal_with_many_keys(dtype: torch.dtype, head_dim: int, tokens_k: int, tokens_q: int) -> None:
+    """From 8,192 keys a query on, two thread blocks share what they fetch, if the head size is 128.
+
+    Only some of the queries are compared: all of them at once are too much for float64.
+    """
+    shape = Shape(batch=2, tokens_q=tokens_q, tokens_k=tokens_k, heads=4, kv_heads=2, head_dim=head_dim)
+    query, key, value = cuda_inputs(shape, dtype)
+    out, lse = dense(query, key, value, head_dim**-0.5, causal=True)
+    some = torch.arange(0, tokens_q, tokens_q // 250 + 1 | 1, device=DEVICE)
+    attended = attended_pairs(shape, causal=True)[some]
+    expected = attend(query[:, some], key, value, head_dim**-0.5, attended)
+    assert_result_agrees(out[:, some], lse[:, :, some], *expected, TOLERANCES[dtype])
+
+
 @pytest.mark.parametrize("rule", ALL_RULES)
 @pytest.mark.parametrize("head_dim", [7, 64, 72, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -38,8 +38,8 @@ constexpr int kSteps = 8;
 // Named barriers (0 is __syncthreads): turn + i lets consumer i issue its matrix products.
 constexpr int kTurnBarrier = 1;
 
-// A kernel. `kPaired_`: two thread blocks (a cluster) work side by side on tiles of queries that visit the same key blocks, and
-// each fetches half of every block for both. That saves power, and with it time, but each waits for the other.
+// A kernel. `kPaired_`: two thread blocks (a cluster) work side by side on neighbouring tiles of queries, and each fetches half of
+// every key block for both. That saves power, and with it time, but each waits for the other.
 template <int kHeadDim_, class Element_, Tracking kTracking_, bool kPaired_>
 struct Config {
     using Element = Element_;
@@ -63,6 +63,8 @@ struct Config {
     static constexpr int kBlocks = kWide || kHeadDim > 128 ? 1 : 3;
     static constexpr int kTileK = kBlocks * kBlockK;
     static constexpr int kStages = kWide ? 4 : kHeadDim == 192 ? 3 : 2;
+    // Where a step is one block, and nothing is decided on it, a warpgroup passes over those that its own queries do not attend.
+    static constexpr bool kPasses = kBlocks == 1 && kTracking == Tracking::kNone;
     static constexpr int kQueryStages = kWide || kHeadDim < 128 ? 2 : 1;
 
     // Summaries that one product tile gathers, 0 where none stand in: means and variances share a stage of the keys.
@@ -190,6 +192,11 @@ struct SharedStorage {
     StepOf<Config> step[kSteps];
     Ring<kSteps> steps;
     uint32_t zero;  // see Softmax::judge
+
+    // Rows that the first of paired thread blocks has taken, see Counter. A row is a step or more, and of those neither is more than
+    // kSteps ahead of the other.
+    Ring<2 * kSteps> taken;
+    int row[2 * kSteps];
 };
 
 }  // namespace lite_attention::sm90

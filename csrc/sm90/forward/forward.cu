@@ -73,7 +73,11 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
     int const tiles = ceil_div(params.tokens_q, Config::kRows * Config::kCluster);
     int const kv_group = params.heads / params.kv_heads;
     int64_t const head_bytes = 2 * sizeof(Element) * static_cast<int64_t>(params.tokens_k) * params.head_dim;
-    int64_t const kv_heads = std::clamp<int64_t>(kGroupBytes / std::max<int64_t>(head_bytes, 1), 1, params.kv_heads);
+    int64_t const all_kv_heads = static_cast<int64_t>(params.kv_heads) * params.batch;
+    int64_t const near_kv_heads = std::clamp<int64_t>(kGroupBytes / std::max<int64_t>(head_bytes, 1), 1, all_kv_heads);
+    // Not a smaller group last: its longest causal row would be what all wait for.
+    int64_t const groups = all_kv_heads / near_kv_heads;
+    int64_t const kv_heads = (all_kv_heads + groups - 1) / groups;
     kernel_params.rows = {
         params.mask,
         params.mask_batch_stride,
@@ -105,9 +109,7 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
     constexpr int kSharedBytes = sizeof(SharedStorage<Config>);
     static_assert(kSharedBytes <= 227 * 1024);
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-    if (error == cudaSuccess && !Config::kPaired) {
-        error = cudaMemsetAsync(params.schedule, 0, kCounters * sizeof(int), stream);
-    }
+    if (error == cudaSuccess) { error = cudaMemsetAsync(params.schedule, 0, kCounters * sizeof(int), stream); }
     int64_t const rows = static_cast<int64_t>(tiles) * params.heads * params.batch;
     if (error == cudaSuccess && Config::kTracking != Tracking::kNone && rows > processors()) {
         kernel_params.rows.order = params.schedule + kCounters;
@@ -140,12 +142,13 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Whether pairs of thread blocks are faster: there is much to fetch, both have the same to do, and hardly a tile of queries is
-// left without a partner. Measured at 4,096 and 16,384 keys (docs/kernel-notes.md).
+// Whether pairs of thread blocks are faster: there is much to fetch, and hardly a tile of queries is left without a partner. Of
+// causal tiles the longer one's keys are fetched for both. Measured at 4,096 and 16,384 keys (docs/kernel-notes.md).
 template <class Config>
 bool pays_paired(ForwardParams const& params) {
     int const tiles = ceil_div(params.tokens_q, Config::kRows);
-    return params.tokens_k >= 8192 && !params.causal && (tiles % 2 == 0 || tiles >= 32);
+    int const mean_keys = params.tokens_k - (params.causal ? std::min(params.tokens_q, params.tokens_k) / 2 : 0);
+    return mean_keys >= 8192 && (Config::kPasses || !params.causal) && (tiles % 2 == 0 || tiles >= 32);
 }
 
 }  // namespace

@@ -266,7 +266,7 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
     constexpr Tracking kTracking = Config::kTracking;
     constexpr int kBlocks = Config::kBlocks;
     // Steps after the first in which a causal tile may hide keys.
-    constexpr int kCausalSteps = ceil_div(Config::kRows / kBlockK, kBlocks);
+    constexpr int kCausalSteps = Config::kPasses ? 1 : ceil_div(Config::kRows / kBlockK, kBlocks);
     RowParams const& rows = params.rows;
     int const warpgroup = cutlass::canonical_warp_group_idx() - 1;
     int const warp = threadIdx.x / 32 - kWarpgroup / 32;
@@ -469,6 +469,19 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
             }
         }
 
+        int steps = work.steps;
+        if (Config::kPasses && rows.causal) {
+            // What only later queries of the row attend comes first.
+            CUTLASS_PRAGMA_NO_UNROLL
+            for (int own = max(1, reach(rows, first_row + 64)); steps > own; --steps, ++n) {
+                shared.keys.wait_full(n);
+                empty(shared.keys, n);
+                shared.values.wait_full(n);
+                empty(shared.values, n);
+                take_turn();
+                pass_turn();
+            }
+        }
         shared.keys.wait_full(n);
         Visit<kBlocks> visit = broadcast(shared.step[shared.steps.place(n)].visit);
         int summary_tiles = 0;
@@ -479,11 +492,11 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
         warpgroup_wait<0>();
         warpgroup_fence_operand(scores);
         empty(shared.keys, n);
-        if (work.steps == 1 && summary_tiles == 0) { empty_queries(); }
+        if (steps == 1 && summary_tiles == 0) { empty_queries(); }
         hide(rows, visit, first_row, row, scores);
         softmax.first(scores, words);
 
-        for (int step = 1; step < work.steps; ++step) {
+        for (int step = 1; step < steps; ++step) {
             ++n;
             shared.keys.wait_full(n);
             if (rows.causal && step <= kCausalSteps) { visit = broadcast(shared.step[shared.steps.place(n)].visit); }
@@ -500,7 +513,7 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
             warpgroup_fence_operand(out);
             empty(shared.keys, n);
             empty(shared.values, n - 1);
-            if (step == work.steps - 1 && summary_tiles == 0) { empty_queries(); }
+            if (step == steps - 1 && summary_tiles == 0) { empty_queries(); }
             if (rows.causal && step <= kCausalSteps) { hide(rows, visit, first_row, row, scores); }
             float rescale[2];
             bool const raised = softmax.step(scores, words, rescale);
@@ -546,6 +559,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(__grid_con
         shared.keys.init(1, Config::kConsumerWarps * Config::kCluster);
         shared.values.init(1, Config::kConsumerWarps * Config::kCluster);
         shared.steps.init(1, 1);
+        shared.taken.init(1, 1);
         for (StepOf<Config>& step : shared.step) { step.words = nullptr; }
         shared.zero = 0;
         cutlass::arch::fence_barrier_init();
