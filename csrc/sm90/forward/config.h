@@ -184,7 +184,7 @@ struct SharedStorage {
     alignas(1024) Element key[Config::kStages * Config::kTileK * Config::kHeadDim];
     alignas(1024) Element value[Config::kStages * Config::kTileK * Config::kHeadDim];
 
-    Ring<Config::kQueryStages> queries;
+    Ring<Config::kQueryStages> queries[Config::kConsumers];  // each warpgroup has its own, and gives them back when it is done
     Ring<Config::kStages> keys;
     Ring<Config::kStages> values;
 

@@ -53,7 +53,8 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
     ParamsOf<Config> kernel_params;
     bool encoded =
         encode<Config>(
-            kernel_params.query, params.query, params.tokens_q, params.heads, params.batch, params.head_dim, Config::kRows) &&
+            kernel_params.query, params.query, params.tokens_q, params.heads, params.batch, params.head_dim,
+            Config::kRows / Config::kConsumers) &&
         encode<Config>(
             kernel_params.key, key, params.tokens_k, params.kv_heads, params.batch, params.head_dim, Config::kBoxK) &&
         encode<Config>(
