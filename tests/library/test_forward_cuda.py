@@ -271,6 +271,29 @@ def test_many_tiles_with_random_masks(rule: Rule, head_dim: int, causal: bool) -
 
 
 @pytest.mark.parametrize("rule", ALL_RULES)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_number_of_visited_blocks(dtype: torch.dtype, head_dim: int, rule: Rule) -> None:
+    """One more in each tile of queries: whatever is over for the last product tiles of two or three blocks."""
+    shape = Shape(tokens_q=9 * TILE_Q, tokens_k=12 * BLOCK_K - 3, head_dim=head_dim)
+    random = torch.Generator().manual_seed(0)
+    places = torch.rand(1, shape.heads, shape.tiles, shape.blocks, generator=random).argsort(-1)
+    state = cuda_state(shape)
+    state.mask.copy_(pack_bits(places <= torch.arange(shape.tiles)[:, None]))
+    for seed in range(3):
+        assert_agrees(cuda_inputs(shape, dtype, seed), state, [-5.0], rule)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_any_number_of_visited_blocks_of_causal_tiles(rule: Rule) -> None:
+    shape = Shape(tokens_q=9 * TILE_Q - 5, tokens_k=9 * TILE_Q - 5, head_dim=128)
+    state = cuda_state(shape)
+    for seed in range(3):
+        assert_agrees(cuda_inputs(shape, seed=seed), state, [-4.0], rule, causal=True)
+        state.mask.bitwise_or_(block_bits(shape.blocks, *range(seed, shape.blocks, 3)).to(DEVICE))
+
+
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_which_rows_come_first_changes_no_bit(rule: Rule) -> None:
     """More rows of the mask than multiprocessors are put in order; those of two heads alone are not."""
     shape = Shape(2, 1500, 2100, 8, 4)

@@ -101,12 +101,13 @@ struct Config {
         cute::Step<cute::_2, cute::_1, cute::_3>{}));
 
     using Warpgroups = cute::Layout<cute::Shape<cute::Int<kConsumers>, cute::_1, cute::_1>>;
+    template <int kCount>  // blocks
     using MmaQK = decltype(cute::make_tiled_mma(
         cute::GMMA::ss_op_selector<
             Element,
             Element,
             float,
-            cute::Shape<cute::Int<kRows>, cute::Int<kTileK>, cute::Int<kHeadDim>>>(),
+            cute::Shape<cute::Int<kRows>, cute::Int<kCount * kBlockK>, cute::Int<kHeadDim>>>(),
         Warpgroups{}));
     using MmaPV = decltype(cute::make_tiled_mma(
         cute::GMMA::rs_op_selector<
@@ -128,10 +129,11 @@ struct Work {
     int head;
     int batch;
     int steps;        // product tiles to visit, at least one
+    int narrow_steps;  // the last of them, of one block less than the others
     float threshold;  // -inf: ordinary attention, the state stays as it is
 };
 
-// The blocks of one product tile; -1 where the first tile of a row holds fewer.
+// The blocks of one product tile; -1 where a narrow one or the first one of a row holds fewer.
 template <int kBlocks>
 struct Visit {
     int block[kBlocks];

@@ -300,15 +300,15 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
     Tensor query = make_tensor(make_smem_ptr(shared.query), typename Config::LayoutQ{});
     Tensor key = make_tensor(make_smem_ptr(shared.key), typename Config::LayoutK{});
     Tensor value = make_tensor(make_smem_ptr(shared.value), typename Config::LayoutVt{});
-    typename Config::MmaQK mma_qk;
+    using MmaQK = typename Config::template MmaQK<kBlocks>;
     typename Config::MmaPV mma_pv;
     // Descriptors depend on the warpgroup alone.
-    auto const slice_qk = mma_qk.get_slice(warpgroup * kWarpgroup);
     auto const slice_pv = mma_pv.get_slice(warpgroup * kWarpgroup);
+    auto const slice_qk = MmaQK{}.get_slice(warpgroup * kWarpgroup);
     Tensor q = slice_qk.partition_fragment_A(query);
     Tensor k = slice_qk.partition_fragment_B(key);
     Tensor v = slice_pv.partition_fragment_B(value);
-    Tensor scores = partition_fragment_C(mma_qk, Shape<Int<Config::kRows>, Int<Config::kTileK>>{});
+    Tensor scores = partition_fragment_C(MmaQK{}, Shape<Int<Config::kRows>, Int<Config::kTileK>>{});
     Tensor out = partition_fragment_C(mma_pv, Shape<Int<Config::kRows>, Int<Config::kHeadDim>>{});
     // Weights as the first operand of the second product: the order of the scores, 16 keys at a time.
     Tensor weights = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Config::kTileK / 16>>>{});
@@ -338,22 +338,26 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
     auto pass_turn = [&] {
         cutlass::arch::NamedBarrier::arrive(2 * kWarpgroup, kTurnBarrier + (warpgroup + 1) % Config::kConsumers);
     };
-    auto issue_qk = [&] {
-        warpgroup_fence_operand(scores);
+    // Of the first `count` blocks of a tile, whose descriptors are those of the whole.
+    auto issue_qk = [&](auto count) {
+        typename Config::template MmaQK<count> mma_qk;
+        Tensor part = make_tensor(scores.data(), Layout<Shape<Shape<_2, _2, Int<count * 8>>, _1, _1>>{});
+        forget(scores);
         warpgroup_arrive();
         mma_qk.accumulate_ = GMMA::ScaleOut::Zero;
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < size<2>(q); ++i) {
-            cute::gemm(mma_qk, q(_, _, i, queries.place(n_row)), k(_, _, i, shared.keys.place(n)), scores);
+            cute::gemm(mma_qk, q(_, _, i, queries.place(n_row)), k(_, _, i, shared.keys.place(n)), part);
             mma_qk.accumulate_ = GMMA::ScaleOut::One;
         }
         warpgroup_commit_batch();
     };
-    auto issue_pv = [&](uint32_t n, auto const& weights) {
+    // Of the first `keys` keys or summaries.
+    auto issue_pv = [&](uint32_t n, auto const& weights, int keys) {
         warpgroup_fence_operand(out);
         warpgroup_arrive();
         CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < size<2>(weights); ++i) {
+        for (int i = 0; i < keys / 16; ++i) {
             cute::gemm(mma_pv, weights(_, _, i), v(_, _, i, shared.values.place(n)), out);
             mma_pv.accumulate_ = GMMA::ScaleOut::One;
         }
@@ -437,7 +441,7 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
                 if (tile > 0) {
                     warpgroup_fence_operand(summary_weights);
                     shared.values.wait_full(n - 1);
-                    issue_pv(n - 1, summary_weights);
+                    issue_pv(n - 1, summary_weights, kSummaries);
                 }
                 pass_turn();
                 warpgroup_wait<0>();
@@ -464,11 +468,10 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
                 }
             }
             shared.values.wait_full(n - 1);
-            issue_pv(n - 1, summary_weights);
+            issue_pv(n - 1, summary_weights, kSummaries);
             warpgroup_wait<0>();
             warpgroup_fence_operand(out);
             empty(shared.values, n - 1);
-            forget(scores);
         }
     };
 
@@ -511,7 +514,7 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
         Visit<kBlocks> visit = broadcast(shared.step[shared.steps.place(n)].visit);
         int summary_tiles = 0;
         if constexpr (Config::kSummaries > 0) { summary_tiles = broadcast(shared.step[shared.steps.place(n)].summary_tiles); }
-        issue_qk();
+        issue_qk(Int<kBlocks>{});
         if (n_row > 0) { write<Config>(params, result); }
         softmax.begin(work.threshold, valid, lse_before);
         mma_pv.accumulate_ = GMMA::ScaleOut::Zero;
@@ -522,15 +525,16 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
         hide(rows, visit, first_row, row, scores);
         softmax.first(scores, words);
 
-        for (int step = 1; step < steps; ++step) {
+        // A tile behind the first, of `count` blocks.
+        auto attend = [&](int step, auto count) __attribute__((always_inline)) {
             ++n;
             shared.keys.wait_full(n);
             if (rows.causal && step <= kCausalSteps) { visit = broadcast(shared.step[shared.steps.place(n)].visit); }
             take_turn();
             warpgroup_fence_operand(weights);
-            issue_qk();
+            issue_qk(count);
             shared.values.wait_full(n - 1);
-            issue_pv(n - 1, weights);
+            issue_pv(n - 1, weights, Config::kTileK);
             pass_turn();
             // Judging the tile before takes no time of its own while the products are under way.
             answer(n - 1, softmax.judge(words, *static_cast<uint32_t const volatile*>(&shared.zero)));
@@ -542,18 +546,29 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
             if (step == steps - 1 && summary_tiles == 0) { empty_queries(); }
             if (rows.causal && step <= kCausalSteps) { hide(rows, visit, first_row, row, scores); }
             float rescale[2];
-            bool const raised = softmax.step(scores, words, rescale);
+            bool const raised = softmax.template step<count>(scores, words, rescale);
             if (raised) {
                 CUTLASS_PRAGMA_UNROLL
                 for (int i = 0; i < size(out); ++i) { out(i) *= rescale[i / 2 % 2]; }
             }
+        };
+        auto end = [&](auto count) {
+            shared.values.wait_full(n);
+            issue_pv(n, weights, count * kBlockK);
+            answer(n, softmax.judge(words, 0));
+            warpgroup_wait<0>();
+            warpgroup_fence_operand(out);
+            empty(shared.values, n);
+        };
+        int const wide_steps = steps - work.narrow_steps;
+        for (int step = 1; step < wide_steps; ++step) { attend(step, Int<kBlocks>{}); }
+        if (kBlocks == 1 || wide_steps == steps) {
+            end(Int<kBlocks>{});
+        } else if constexpr (kBlocks > 1) {
+            CUTLASS_PRAGMA_NO_UNROLL
+            for (int step = wide_steps; step < steps; ++step) { attend(step, Int<kBlocks - 1>{}); }
+            end(Int<kBlocks - 1>{});
         }
-        shared.values.wait_full(n);
-        issue_pv(n, weights);
-        answer(n, softmax.judge(words, 0));
-        warpgroup_wait<0>();
-        warpgroup_fence_operand(out);
-        empty(shared.values, n);
         ++n;
         if (summary_tiles > 0) { attend_summaries(summary_tiles); }
 

@@ -379,20 +379,23 @@ CUTLASS_DEVICE void plan(RowParams const& params, int32_t* skipped, SharedStorag
         step.work.threshold = walk.threshold();
         step.words = walk.words();
         step.forced = walk.forced();
-        // The first tile holds what is over, so that only there something is hidden (but for causal rows).
-        int blocks = walk.visits() - (step.work.steps - 1) * kBlocks;
+        // Tiles of one block less at the end, so that no product is of nothing. What is still missing then the first tile lacks, so that
+        // only there something is hidden (but for causal rows).
+        int const missing = step.work.steps * kBlocks - walk.visits();
+        step.work.narrow_steps = min(missing, step.work.steps - 1);
         for (int i = 0; i < step.work.steps; ++i) {
-            CUTLASS_PRAGMA_UNROLL
-            for (int b = 0; b < kBlocks; ++b) { step.visit.block[b] = b < blocks ? walk.next() : -1; }
             step.first = i == 0;
             step.last = i == step.work.steps - 1;
+            int const blocks = i == 0 ? kBlocks - missing + step.work.narrow_steps
+                                      : kBlocks - (i >= step.work.steps - step.work.narrow_steps);
+            CUTLASS_PRAGMA_UNROLL
+            for (int b = 0; b < kBlocks; ++b) { step.visit.block[b] = b < blocks ? walk.next() : -1; }
             if constexpr (Config::kSummaries > 0) {
                 step.last = step.last && walk.summary_tiles() == 0;
                 step.summary_tiles = walk.summary_tiles();
                 step.summaries.block = -1;
             }
             publish(step);
-            blocks = kBlocks;
         }
         walk.finish();
         if constexpr (Config::kSummaries > 0) {
