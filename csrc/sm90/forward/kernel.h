@@ -518,6 +518,7 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
         if (n_row > 0) { write<Config>(params, result); }
         softmax.begin(work.threshold, valid, lse_before);
         mma_pv.accumulate_ = GMMA::ScaleOut::Zero;
+        forget(out);
         warpgroup_wait<0>();
         warpgroup_fence_operand(scores);
         empty(shared.keys, n);
