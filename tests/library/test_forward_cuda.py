@@ -195,6 +195,27 @@ def test_dense_with_many_keys(dtype: torch.dtype, head_dim: int, tokens_k: int, 
     torch.testing.assert_close(lse.double(), expected_lse, rtol=TOLERANCES[dtype].lse, atol=TOLERANCES[dtype].lse)
 
 
+@pytest.mark.parametrize(
+    ("tokens_q", "tokens_k"),
+    [(300, 8400), (1100, 9001), (16500, 16500), (20000, 16420)],
+    ids=["one pair of tiles", "longer keys", "square", "longer queries"],
+)
+@pytest.mark.parametrize("head_dim", [96, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_causal_with_many_keys(dtype: torch.dtype, head_dim: int, tokens_k: int, tokens_q: int) -> None:
+    """From 8,192 keys a query on, two thread blocks share what they fetch, if the head size is 128.
+
+    Only some of the queries are compared: all of them at once are too much for float64.
+    """
+    shape = Shape(batch=2, tokens_q=tokens_q, tokens_k=tokens_k, heads=4, kv_heads=2, head_dim=head_dim)
+    query, key, value = cuda_inputs(shape, dtype)
+    out, lse = dense(query, key, value, head_dim**-0.5, causal=True)
+    some = torch.arange(0, tokens_q, tokens_q // 250 + 1 | 1, device=DEVICE)
+    attended = attended_pairs(shape, causal=True)[some]
+    expected = attend(query[:, some], key, value, head_dim**-0.5, attended)
+    assert_result_agrees(out[:, some], lse[:, :, some], *expected, TOLERANCES[dtype])
+
+
 @pytest.mark.parametrize("rule", ALL_RULES)
 @pytest.mark.parametrize("head_dim", [7, 64, 72, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -278,6 +299,29 @@ def test_many_tiles_with_random_masks(rule: Rule, head_dim: int, causal: bool) -
     expected = attend(*inputs, 0.125, attended)
     assert_result_agrees(out, lse, *expected, TOLERANCES[torch.bfloat16])
     assert torch.equal(state.mask, before.mask)
+
+
+@pytest.mark.parametrize("rule", ALL_RULES)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_number_of_visited_blocks(dtype: torch.dtype, head_dim: int, rule: Rule) -> None:
+    """One more in each tile of queries: whatever is over for the last product tiles of two or three blocks."""
+    shape = Shape(tokens_q=9 * TILE_Q, tokens_k=12 * BLOCK_K - 3, head_dim=head_dim)
+    random = torch.Generator().manual_seed(0)
+    places = torch.rand(1, shape.heads, shape.tiles, shape.blocks, generator=random).argsort(-1)
+    state = cuda_state(shape)
+    state.mask.copy_(pack_bits(places <= torch.arange(shape.tiles)[:, None]))
+    for seed in range(3):
+        assert_agrees(cuda_inputs(shape, dtype, seed), state, [-5.0], rule)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_any_number_of_visited_blocks_of_causal_tiles(rule: Rule) -> None:
+    shape = Shape(tokens_q=9 * TILE_Q - 5, tokens_k=9 * TILE_Q - 5, head_dim=128)
+    state = cuda_state(shape)
+    for seed in range(3):
+        assert_agrees(cuda_inputs(shape, seed=seed), state, [-4.0], rule, causal=True)
+        state.mask.bitwise_or_(block_bits(shape.blocks, *range(seed, shape.blocks, 3)).to(DEVICE))
 
 
 @pytest.mark.parametrize("rule", ALL_RULES)

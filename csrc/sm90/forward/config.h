@@ -45,9 +45,8 @@ constexpr int most_consumers(int head_dim, Tracking tracking) {
     return tracking != Tracking::kNone ? 2 : head_dim <= 64 ? 4 : head_dim == 128 ? 3 : 2;
 }
 
-// A kernel. `kConsumers_`: warpgroups that compute. `kPaired_`: two thread blocks (a cluster) work side by side on tiles of queries
-// that visit the same key blocks, and each fetches half of every block for both. That saves power, and with it time, but each waits
-// for the other.
+// A kernel. `kConsumers_`: warpgroups that compute. `kPaired_`: two thread blocks (a cluster) work side by side on neighbouring tiles
+// of queries, and each fetches half of every key block for both. That saves power, and with it time, but each waits for the other.
 template <int kHeadDim_, class Element_, Tracking kTracking_, int kConsumers_, bool kPaired_>
 struct Config {
     using Element = Element_;
@@ -68,6 +67,8 @@ struct Config {
     static constexpr int kBlocks = kHeadDim > 128 ? 1 : kConsumers == 2 ? 3 : kConsumers == 3 && kHeadDim <= 64 ? 2 : 1;
     static constexpr int kTileK = kBlocks * kBlockK;
     static constexpr int kStages = kWide ? 4 : kHeadDim == 192 ? 3 : 2;
+    // Where a step is one block, and nothing is decided on it, a warpgroup passes over those that its own queries do not attend.
+    static constexpr bool kPasses = kBlocks == 1 && kTracking == Tracking::kNone;
     static constexpr int kQueryStages = kWide || kHeadDim < 128 ? 2 : 1;
 
     // Summaries that one product tile gathers, 0 where none stand in: means and variances share a stage of the keys.
@@ -104,12 +105,13 @@ struct Config {
         cute::Step<cute::_2, cute::_1, cute::_3>{}));
 
     using Warpgroups = cute::Layout<cute::Shape<cute::Int<kConsumers>, cute::_1, cute::_1>>;
+    template <int kCount>  // blocks
     using MmaQK = decltype(cute::make_tiled_mma(
         cute::GMMA::ss_op_selector<
             Element,
             Element,
             float,
-            cute::Shape<cute::Int<kRows>, cute::Int<kTileK>, cute::Int<kHeadDim>>>(),
+            cute::Shape<cute::Int<kRows>, cute::Int<kCount * kBlockK>, cute::Int<kHeadDim>>>(),
         Warpgroups{}));
     using MmaPV = decltype(cute::make_tiled_mma(
         cute::GMMA::rs_op_selector<
@@ -131,10 +133,11 @@ struct Work {
     int head;
     int batch;
     int steps;        // product tiles to visit, at least one
+    int narrow_steps;  // the last of them, of one block less than the others
     float threshold;  // -inf: ordinary attention, the state stays as it is
 };
 
-// The blocks of one product tile; -1 where the first tile of a row holds fewer.
+// The blocks of one product tile; -1 where a narrow one or the first one of a row holds fewer.
 template <int kBlocks>
 struct Visit {
     int block[kBlocks];
@@ -187,7 +190,7 @@ struct SharedStorage {
     alignas(1024) Element key[Config::kStages * Config::kTileK * Config::kHeadDim];
     alignas(1024) Element value[Config::kStages * Config::kTileK * Config::kHeadDim];
 
-    Ring<Config::kQueryStages> queries;
+    Ring<Config::kQueryStages> queries[Config::kConsumers];  // each warpgroup has its own, and gives them back when it is done
     Ring<Config::kStages> keys;
     Ring<Config::kStages> values;
 
@@ -195,6 +198,11 @@ struct SharedStorage {
     StepOf<Config> step[kSteps];
     Ring<kSteps> steps;
     uint32_t zero;  // see Softmax::judge
+
+    // Rows that the first of paired thread blocks has taken, see Counter. A row is a step or more, and of those neither is more than
+    // kSteps ahead of the other.
+    Ring<2 * kSteps> taken;
+    int row[2 * kSteps];
 };
 
 }  // namespace lite_attention::sm90
