@@ -397,13 +397,9 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
             auto load_part = [&](int part) {
                 CUTLASS_PRAGMA_UNROLL
                 for (int i = 0; i < kSquares / 16; ++i) {
-                    // Planes have the same addresses but for their distance, which the compiler does not see.
-                    int const channel = part * kSquares + 16 * i;
-                    Element const& in_first_plane = query(
-                        warp * kWarpQ + lane % 16, channel % Config::kPlane + lane / 16 * 8, queries.place(n_row));
                     load_squares<Element>(
-                        (&in_first_plane)[channel / Config::kPlane * Config::kRows * Config::kPlane], params.query_scale,
-                        square_words + 4 * i);
+                        query(warp * kWarpQ + lane % 16, part * kSquares + 16 * i + lane / 16 * 8, queries.place(n_row)),
+                        params.query_scale, square_words + 4 * i);
                 }
                 warpgroup_fence_operand(squares);
             };
@@ -459,18 +455,16 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
                 StepOf<Config>& step = shared.step[shared.steps.place(n)];
                 SummaryTile<kSummaries> const summaries = broadcast(step.summaries);
                 softmax.estimate(estimates, variances, params.variance_scale, rows.tokens_k - summaries.block * kBlockK);
+                BlockBits<kSummaries> const wanted = softmax.template wanted<kSummaries>(estimates);
+                CUTLASS_PRAGMA_UNROLL
+                for (int i = 0; i < wanted.kWords; ++i) {
+                    uint32_t const come_back = wanted.word[i] & summaries.stand_in.word[i];
+                    if (lane == 0 && come_back != 0) { atomicOr(&step.come_back.word[i], come_back); }
+                }
                 float rescale[2];
                 if (softmax.add_estimates(estimates, summaries.stand_in, weight_words, rescale)) {
                     CUTLASS_PRAGMA_UNROLL
                     for (int i = 0; i < size(out); ++i) { out(i) *= rescale[i / 2 % 2]; }
-                }
-                if (softmax.wants()) {
-                    BlockBits<kSummaries> const wanted = softmax.template wanted<kSummaries>(estimates);
-                    CUTLASS_PRAGMA_UNROLL
-                    for (int i = 0; i < wanted.kWords; ++i) {
-                        uint32_t const come_back = wanted.word[i] & summaries.stand_in.word[i];
-                        if (lane == 0 && come_back != 0) { atomicOr(&step.come_back.word[i], come_back); }
-                    }
                 }
             }
             shared.values.wait_full(n - 1);

@@ -189,9 +189,9 @@ class Softmax {
         for (int i = 0; i < size(estimates); ++i) {
             estimates(i) = estimates(i) * scale_log2_ + sqrtf(variances(i) * variance_scale + kSpread * kSpread);
         }
-        int const last = left / kBlockK;
-        int const last_keys = left % kBlockK;
-        if (last < size(estimates) * 2 && last_keys > 0) {
+        int const last = (left - 1) / kBlockK;
+        int const last_keys = left - last * kBlockK;
+        if (last < size(estimates) * 2 && last_keys < kBlockK) {
             float const fewer = log2f(last_keys) - log2f(kBlockK);
             for_columns(estimates, [&](int column, float& first, float& second) {
                 if (column != last - first_column()) { return; }
@@ -201,16 +201,25 @@ class Softmax {
         }
     }
 
-    // Weights of the blocks that summaries stand in for; the others' estimates become -inf. True where earlier weights are to be
-    // multiplied by `rescale`.
+    // Bits of the blocks that a row of this warp wants to visit in the next step, by their estimates.
+    template <int kSummaries, class Estimates>
+    CUTLASS_DEVICE BlockBits<kSummaries> wanted(Estimates& estimates) const {
+        BlockBits<kSummaries> bits{};
+        for_columns(estimates, [&](int column, float first, float second) {
+            bool const agrees = first <= limit_[0] - kLevel && second <= limit_[1] - kLevel;
+            if (!agrees) { bits.word[column / 32] |= 1u << column % 32; }
+        });
+        CUTLASS_PRAGMA_UNROLL
+        for (uint32_t& word : bits.word) { word = __reduce_or_sync(~0u, word << first_column()); }
+        return bits;
+    }
+
+    // Weights of the blocks that summaries stand in for. True where earlier weights are to be multiplied by `rescale`.
     template <int kSummaries, class Estimates, int kWords>
     CUTLASS_DEVICE bool add_estimates(
         Estimates& estimates, BlockBits<kSummaries> const& stand_in, uint32_t (&weights)[kWords], float (&rescale)[2]) {
-        BlockBits<kSummaries> own;  // of this thread's columns
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < own.kWords; ++i) { own.word[i] = stand_in.word[i] >> first_column(); }
         for_columns(estimates, [&](int column, float& first, float& second) {
-            if (own.word[column / 32] >> column % 32 & 1) { return; }
+            if (stand_in.word[column / 32] >> first_column() >> column % 32 & 1) { return; }
             first = second = -INFINITY;
         });
         Offsets offsets = {offset_[0], offset_[1]};
@@ -239,32 +248,9 @@ class Softmax {
             offsets = raise_to(most, 1.0f, rescale);
             raised = true;
         }
-        bool agrees = true;
-        CUTLASS_PRAGMA_UNROLL
-        for (int r = 0; r < 2; ++r) {
-            sum_[r] += mass[r];
-            // No block weighs more than all. NaN does not agree.
-            float const bound = exp2f(limit_[r] - offset_[r]);
-            agrees = agrees && mass[r] <= bound && bound >= kTiny;
-        }
-        wants_ = !__all_sync(~0u, agrees);
+        sum_[0] += mass[0];
+        sum_[1] += mass[1];
         return raised;
-    }
-
-    // Whether a row of this warp may want to visit a block of the last tile of summaries in the next step.
-    CUTLASS_DEVICE bool wants() const { return wants_; }
-
-    // Bits of the blocks that a row of this warp wants to visit in the next step, by the estimates that `add_estimates` left.
-    template <int kSummaries, class Estimates>
-    CUTLASS_DEVICE BlockBits<kSummaries> wanted(Estimates& estimates) const {
-        BlockBits<kSummaries> bits{};
-        for_columns(estimates, [&](int column, float first, float second) {
-            bool const agrees = first <= limit_[0] - kLevel && second <= limit_[1] - kLevel;
-            if (!agrees) { bits.word[column / 32] |= 1u << column % 32; }
-        });
-        CUTLASS_PRAGMA_UNROLL
-        for (uint32_t& word : bits.word) { word = __reduce_or_sync(~0u, word << first_column()); }
-        return bits;
     }
 
     // After a row of the mask: the factor of the output rows and their natural LSE.
@@ -456,7 +442,6 @@ class Softmax {
     float lost_[2];           // what those lost by that
     float mass_[kBlocks][2];  // of this thread's columns in the last tile
     float most_[kBlocks][2];  // largest weight among them
-    bool wants_;              // see wants()
     bool unsure_;             // whether the rule `mass` cannot tell of some row of the warp
     uint32_t counts_;         // bits of blocks and such rows in the last tile: it counts for all
     uint32_t ignored_;        // it counts for nothing
