@@ -160,12 +160,13 @@ int queries_in_waves(ForwardParams const& params) {
     return ceil_div(tiles, processors()) * Config::kRows;
 }
 
-// Whether lower tiles fill their waves so much better that they are faster, though each query takes longer in them. Causal tiles
-// differ in length and fill each other's gaps.
+// Whether lower tiles fill their waves so much better that they are faster, though beyond head_dim 64 each query takes longer in them
+// (measured, docs/kernel-notes.md), the more so the fewer keys there are for what each tile begins and ends with. Causal tiles differ
+// in length and fill each other's gaps.
 template <class Low, class High>
 bool pays_low(ForwardParams const& params) {
-    constexpr double kCost = 1.05;  // measured (docs/kernel-notes.md)
-    return !params.causal && kCost * queries_in_waves<Low>(params) < queries_in_waves<High>(params);
+    double const cost = High::kHeadDim <= 64 ? 0.98 : 1.015 + 160.0 / std::max(params.tokens_k, 1);  // of a query, relative
+    return !params.causal && cost * queries_in_waves<Low>(params) < queries_in_waves<High>(params);
 }
 
 }  // namespace
