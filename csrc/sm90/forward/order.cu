@@ -22,7 +22,7 @@ constexpr int kMeanLevel = 8;      // of a row that visits as much as the mean o
 __device__ int visits_of(RowParams const& params, int row) {
     Work work;
     locate(params, row, work);
-    int const blocks = reach(params, work.tile);
+    int const blocks = reach(params, (work.tile + 1) * params.tile_queries);
     if (params.thresholds[work.batch] == -INFINITY) { return blocks; }
     int32_t const* const words = params.mask + work.batch * params.mask_batch_stride + work.head * params.mask_head_stride +
         work.tile * params.mask_tile_stride;
