@@ -74,6 +74,9 @@ struct Config {
     // Summaries that one product tile gathers, 0 where none stand in: means and variances share a stage of the keys.
     static constexpr int kSummaries = kTracking != Tracking::kMassSummaries ? 0 : kBlocks > 1 ? 64 : 32;
 
+    // Whether a row's output is stored while the first product of the next row is under way. Beyond, its registers are what that needs.
+    static constexpr bool kStoresLater = kHeadDim <= 128;
+
     static constexpr bool kTight = kBlocks > 1 && kHeadDim > 64;
     static constexpr int kProducerRegisters = kWide ? 32 : kTight ? 24 : 40;
     static constexpr int kConsumerRegisters = kConsumers == 4 ? 112 : kConsumers == 3 ? 160 : kTight ? 240 : 232;

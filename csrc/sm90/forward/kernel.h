@@ -515,7 +515,7 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
         int summary_tiles = 0;
         if constexpr (Config::kSummaries > 0) { summary_tiles = broadcast(shared.step[shared.steps.place(n)].summary_tiles); }
         issue_qk(Int<kBlocks>{});
-        if (n_row > 0) { write<Config>(params, result); }
+        if (Config::kStoresLater && n_row > 0) { write<Config>(params, result); }
         softmax.begin(work.threshold, valid, lse_before);
         mma_pv.accumulate_ = GMMA::ScaleOut::Zero;
         forget(out);
@@ -573,7 +573,6 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
         ++n;
         if (summary_tiles > 0) { attend_summaries(summary_tiles); }
 
-        // Written while the first product of the next row is under way.
         result = {work.head, work.batch, row, {valid[0], valid[1]}, {}, lse_state, {}};
         float factor[2];
         softmax.end(factor, result.lse);
@@ -581,8 +580,9 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
         for (int i = 0; i < size(out) / 2; ++i) {
             result.pairs[i] = pack(out(2 * i) * factor[i % 2], out(2 * i + 1) * factor[i % 2], Element{});
         }
+        if constexpr (!Config::kStoresLater) { write<Config>(params, result); }
     }
-    write<Config>(params, result);
+    if constexpr (Config::kStoresLater) { write<Config>(params, result); }
 }
 
 template <class Config>
