@@ -5,6 +5,7 @@
 #include "estimate.h"
 #include "kernel.h"
 #include "launch.h"
+#include "list.h"
 #include "workspace.h"
 
 namespace lite_attention::sm90 {
@@ -19,6 +20,23 @@ bool encode(CUtensorMap& map, DecodeParams const& params, PagedView const& view,
         {box_planes > 1 ? kPlane : params.head_dim, params.page_size, box_planes > 1 ? planes : 1, params.kv_heads, params.pages},
         {view.token_stride, kPlane, view.head_stride, view.page_stride}, {kPlane, kDecodeBlock, box_planes, 1, 1},
         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+}
+
+// Launches a kernel that begins while the one before still runs, and waits where it needs it.
+cudaError_t launch_early(
+    void (*kernel)(KernelParams), unsigned thread_blocks, int threads, int shared_bytes, cudaStream_t stream,
+    KernelParams const& params) {
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = thread_blocks;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, params);
 }
 
 template <class Config>
@@ -37,7 +55,9 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     kernel_params.workspace = {
         reinterpret_cast<uint32_t*>(memory),
         reinterpret_cast<uint32_t*>(memory + layout.ended),
+        reinterpret_cast<int*>(memory + layout.visits),
         reinterpret_cast<uint32_t*>(memory + layout.visited),
+        reinterpret_cast<Visit*>(memory + layout.list),
         reinterpret_cast<float*>(memory + layout.expected),
         reinterpret_cast<float*>(memory + layout.masses),
         reinterpret_cast<float*>(memory + layout.lse),
@@ -52,8 +72,9 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     static_assert(sizeof(EstimateStorage<Config>) + kMaxRows * sizeof(int) <= kSharedBytes);
     int const estimate_bytes = static_cast<int>(sizeof(EstimateStorage<Config>) + params.rows * sizeof(int));
     int const attend_bytes = static_cast<int>(sizeof(SharedStorage<Config>) + params.rows * sizeof(int));
-    int64_t const units = static_cast<int64_t>(layout.segments) * params.kv_heads * params.rows;
-    auto const thread_blocks = static_cast<unsigned>(std::min<int64_t>(units, processors()));
+    int64_t const parts = static_cast<int64_t>(layout.segments) * params.kv_heads * params.rows;  // at most
+    auto const thread_blocks = static_cast<unsigned>(std::min<int64_t>(parts, processors()));
+    auto const pairs = static_cast<unsigned>(params.rows * params.kv_heads);
 
     cudaError_t error =
         cudaFuncSetAttribute(estimate_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, estimate_bytes);
@@ -65,19 +86,9 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
         estimate_kernel<Config><<<thread_blocks, kWarps * kWarp, estimate_bytes, stream>>>(kernel_params);
         error = cudaGetLastError();
     }
+    if (error == cudaSuccess) { error = launch_early(list_kernel, pairs, kListWarps * kWarp, 0, stream, kernel_params); }
     if (error == cudaSuccess) {
-        // Begins while the kernel before still runs, and waits where it needs it.
-        cudaLaunchAttribute early{};
-        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        early.val.programmaticStreamSerializationAllowed = 1;
-        cudaLaunchConfig_t config{};
-        config.gridDim = thread_blocks;
-        config.blockDim = Config::kThreads;
-        config.dynamicSmemBytes = attend_bytes;
-        config.stream = stream;
-        config.attrs = &early;
-        config.numAttrs = 1;
-        error = cudaLaunchKernelEx(&config, attend_kernel<Config>, kernel_params);
+        error = launch_early(attend_kernel<Config>, thread_blocks, Config::kThreads, attend_bytes, stream, kernel_params);
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The first kernel of a decode step: what the blocks of sequences that skip weigh, by their summaries. Each warp takes a segment at
-// a time. The second kernel compares them with what all segments have together.
+// a time.
 #pragma once
 
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -68,19 +68,35 @@ struct SummaryFetcher {
     }
 };
 
+// A segment of a row that skips, for one key head.
+struct Segment : RowOptions {
+    int row;
+    int kv_head;
+    int number;    // among those of the row and key head
+    int64_t pair;  // number of the row and key head
+
+    // `number`: among those of the row. Neighbours are of neighbouring key heads, whose summaries lie side by side.
+    CUTLASS_DEVICE Segment(DecodeParams const& call, int row, int number)
+        : RowOptions(call, row),
+          row(row),
+          kv_head(number % call.kv_heads),
+          number(number / call.kv_heads),
+          pair(static_cast<int64_t>(row) * call.kv_heads + kv_head) {}
+};
+
 // Notes what each block of a segment may weigh, and what all of them together probably do. Runs in a warp.
 template <class Config>
 CUTLASS_DEVICE void estimate_segment(
     KernelParams const& params, typename EstimateStorage<Config>::OfWarp& shared, SummaryFetcher<Config>& fetcher,
-    Place const& place) {
+    Segment const& segment) {
     using Element = typename Config::Element;
     DecodeParams const& call = params.call;
     Workspace const& workspace = params.workspace;
     int const lane = threadIdx.x % kWarp;
     int const blocks_of_page = call.page_size / kDecodeBlock;
-    int const first_block = place.number * kSegmentBlocks;
-    int const end = min(place.blocks, first_block + kSegmentBlocks);
-    auto page_of = [&](int block) { return call.block_table[place.row * call.block_table_stride + block / blocks_of_page]; };
+    int const first_block = segment.number * kSegmentBlocks;
+    int const end = min(segment.blocks, first_block + kSegmentBlocks);
+    auto page_of = [&](int block) { return call.block_table[segment.row * call.block_table_stride + block / blocks_of_page]; };
 
     int page[kSegmentBlocks / kWarp];
     CUTLASS_PRAGMA_UNROLL
@@ -88,14 +104,14 @@ CUTLASS_DEVICE void estimate_segment(
         page[i] = page_of(min(first_block + i * kWarp + lane, end - 1));  // what does not exist has the summary of another
     }
     __syncwarp();  // the segment before may still be read
-    QueryView<Element> const query(params, place.row, place.kv_head);
+    QueryView<Element> const query(params, segment.row, segment.kv_head);
     CUTLASS_PRAGMA_UNROLL
     for (int tile = 0; tile < Config::kHeadTiles; ++tile) { shared.query[tile].fill(query, tile * kHeadTile); }
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kSegmentBlocks / kWarp; ++i) {
         int const block = min(first_block + i * kWarp + lane, end - 1);
         shared.address[i * kWarp + lane] = call.summaries.data + page[i] * call.summaries.page_stride +
-                                           place.kv_head * call.summaries.head_stride +
+                                           segment.kv_head * call.summaries.head_stride +
                                            block % blocks_of_page * call.summaries.block_stride;
     }
     __syncwarp();
@@ -106,12 +122,12 @@ CUTLASS_DEVICE void estimate_segment(
     // What is visited in any case is weighed exactly. The summaries come meanwhile.
 #pragma unroll 1
     for (int i = 0; i < 3; ++i) {
-        int const block = i == 0 ? 0 : place.blocks - i;
+        int const block = i == 0 ? 0 : segment.blocks - i;
         if (block < first_block || block >= end) { continue; }
         auto const* const keys = static_cast<Element const*>(call.key.data) + page_of(block) * call.key.page_stride +
                                  block % blocks_of_page * kDecodeBlock * call.key.token_stride +
-                                 place.kv_head * call.key.head_stride;
-        int const count = min(kDecodeBlock, place.length - block * kDecodeBlock);
+                                 segment.kv_head * call.key.head_stride;
+        int const count = min(kDecodeBlock, segment.length - block * kDecodeBlock);
         CUTLASS_PRAGMA_UNROLL
         for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
             float2 const exact =
@@ -121,7 +137,7 @@ CUTLASS_DEVICE void estimate_segment(
     }
     __syncwarp();
 
-    float* const masses = workspace.masses + place.pair * workspace.words * kWordBlocks * workspace.heads;
+    float* const masses = workspace.masses + segment.pair * workspace.words * kWordBlocks * workspace.heads;
     LogSum expected_sum[Config::kHeadTiles][2];  // of this thread's blocks
     for (int first = first_block; first < end; first += kAtOnce) {
         Summaries<Config> const& summaries = fetcher.take();
@@ -153,9 +169,9 @@ CUTLASS_DEVICE void estimate_segment(
             CUTLASS_PRAGMA_UNROLL
             for (int i = 0; i < 2; ++i) {
                 int const block = low + i * 8;
-                if (block < end && place.forced(block)) {
+                if (block < end && segment.forced(block)) {
                     float2 const exact = *reinterpret_cast<float2 const*>(
-                        &shared.exact[block == 0 ? 0 : place.blocks - block][tile * kHeadTile + lane % 4 * 2]);
+                        &shared.exact[block == 0 ? 0 : segment.blocks - block][tile * kHeadTile + lane % 4 * 2]);
                     expected[2 * i] = exact.x;
                     expected[2 * i + 1] = exact.y;
                 }
@@ -173,7 +189,7 @@ CUTLASS_DEVICE void estimate_segment(
         int const head = tile * kHeadTile + lane * 2;
         if (lane < 4 && head < workspace.heads) {
             *reinterpret_cast<float2*>(
-                workspace.expected + (place.pair * workspace.segments + place.number) * workspace.heads + head) = {
+                workspace.expected + (segment.pair * workspace.segments + segment.number) * workspace.heads + head) = {
                 expected_sum[tile][0].log2(), expected_sum[tile][1].log2()};
         }
     }
@@ -184,27 +200,23 @@ __global__ void __launch_bounds__(EstimateStorage<Config>::kWarps * kWarp, 1)
     estimate_kernel(__grid_constant__ KernelParams const params) {
     extern __shared__ __align__(1024) uint8_t memory[];
     auto& shared = *reinterpret_cast<EstimateStorage<Config>*>(memory);
-    // The second kernel waits where it needs what this one writes.
+    // The next kernel waits where it needs what this one writes.
     cudaTriggerProgrammaticLaunchCompletion();
     DecodeParams const& call = params.call;
-    int const first = blockIdx.x * blockDim.x + threadIdx.x;
-    for (int i = first; i < call.rows * call.kv_heads; i += gridDim.x * blockDim.x) { params.workspace.ended[i] = 0; }
-    if (first == 0) { *params.workspace.drawn = 0; }
-
-    number_units(call, shared.first_unit, [&](int row) {
-        return visits_everything(call, row) ? 0 : segments_of(call.seq_lens[row]);
+    number_units(call, shared.first_unit, [&](int, RowOptions const& row) {
+        return row.everything ? 0 : segments_of(row.length) * call.kv_heads;
     });
     int const units = shared.first_unit[call.rows];
     constexpr int kWarps = EstimateStorage<Config>::kWarps;
     auto& of_warp = shared.of_warp[threadIdx.x / kWarp];
     SummaryFetcher<Config> fetcher{of_warp, 3 * call.head_dim + 16};
     fetcher.init();
-    // Thread blocks have equally many but for one, and neighbouring warps neighbouring key heads, whose summaries lie side by side.
+    // Thread blocks have equally many but for one.
     auto first_of = [&](int64_t thread_block) { return static_cast<int>(thread_block * units / gridDim.x); };
     int const end = first_of(blockIdx.x + 1);
     for (int index = first_of(blockIdx.x) + threadIdx.x / kWarp; index < end; index += kWarps) {
-        Place const place(call, shared.first_unit, index);
-        estimate_segment<Config>(params, of_warp, fetcher, place);
+        int const row = row_of(shared.first_unit, call.rows, index);
+        estimate_segment<Config>(params, of_warp, fetcher, Segment(call, row, index - shared.first_unit[row]));
     }
 }
 

@@ -15,7 +15,9 @@ struct WorkspaceLayout {
     int heads;     // places for the query heads of a key head: a power of two, and pairs of them are read at a time
     // Offsets in bytes.
     int64_t ended;
+    int64_t visits;
     int64_t visited;
+    int64_t list;
     int64_t expected;
     int64_t masses;
     int64_t lse;
@@ -32,8 +34,10 @@ struct WorkspaceLayout {
         int64_t const pairs = rows * kv_heads;
         auto aligned = [](int64_t count) { return (count * 4 + 255) / 256 * 256; };
         ended = aligned(1);
-        visited = ended + aligned(pairs);
-        expected = visited + aligned(pairs * words);
+        visits = ended + aligned(pairs);
+        visited = visits + aligned(pairs);
+        list = visited + aligned(pairs * words);
+        expected = list + aligned(pairs * words * kWordBlocks * 2);
         masses = expected + aligned(pairs * segments * heads);
         lse = masses + aligned(pairs * words * kWordBlocks * heads);
         out = lse + aligned(pairs * segments * heads);

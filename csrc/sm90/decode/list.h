@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: MIT
+// The second kernel of a decode step: which blocks sequences that skip visit. What the first has estimated is compared with what all
+// blocks of a key head have together. A thread block takes a row and key head.
+#pragma once
+
+#include "work.h"
+
+namespace lite_attention::sm90 {
+
+constexpr int kListWarps = 16;
+
+// Log2 of the sum of a row's key head over its parts, for the query head lane % heads. `values`: (parts, heads). Runs in a whole
+// thread block; every warp gets the result.
+CUTLASS_DEVICE float sum_in_thread_block(float const* values, int parts, int heads) {
+    __shared__ float2 sums[kListWarps][kMaxGroup];
+    int const lane = threadIdx.x % kWarp;
+    LogSum sum;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < parts * heads; i += kListWarps * kWarp) { sum.add(values[i]); }
+    sum.join_lanes(heads, kWarp);
+    if (lane < heads) { sums[threadIdx.x / kWarp][lane] = {sum.largest, sum.sum}; }
+    __syncthreads();
+    LogSum total;
+    CUTLASS_PRAGMA_UNROLL
+    for (int warp = 0; warp < kListWarps; ++warp) {
+        float2 const of_warp = sums[warp][lane % heads];
+        total.join(of_warp.x, of_warp.y);
+    }
+    return total.log2();
+}
+
+static __global__ void __launch_bounds__(kListWarps * kWarp) list_kernel(__grid_constant__ KernelParams const params) {
+    __shared__ int counts[2][kListWarps];
+    // The next kernel waits where it needs what this one writes.
+    cudaTriggerProgrammaticLaunchCompletion();
+    DecodeParams const& call = params.call;
+    Workspace const& workspace = params.workspace;
+    int64_t const pair = blockIdx.x;
+    int const row = blockIdx.x / call.kv_heads;
+    int const kv_head = blockIdx.x % call.kv_heads;
+    int const warp = threadIdx.x / kWarp;
+    int const lane = threadIdx.x % kWarp;
+    if (threadIdx.x == 0) {
+        workspace.ended[pair] = 0;
+        if (pair == 0) { *workspace.drawn = 0; }
+    }
+    RowOptions const options(call, row);
+    cudaGridDependencySynchronize();  // the estimates are there
+    if (options.everything) { return; }
+
+    int const heads = workspace.heads;
+    int const blocks_of_page = call.page_size / kDecodeBlock;
+    int const words = ceil_div(options.blocks, kWordBlocks);
+    int32_t const* const mattered_before = call.mask + call.slots[row] * call.mask_slot_stride + kv_head * call.mask_head_stride;
+    float const* const masses = workspace.masses + pair * workspace.words * kWordBlocks * heads;
+    Visit* const list = workspace.list + pair * workspace.words * kWordBlocks;
+    float const mass = sum_in_thread_block(
+        workspace.expected + pair * workspace.segments * heads, segments_of(options.length), heads);
+    // The least log2 of a mass that is worth a visit, for the head lane % heads.
+    float const limit = lane % heads < params.group ? options.threshold + mass : INFINITY;
+
+    // What is read is asked for at once as far as can be: the words of a warp are next to each other.
+    constexpr int kAtOnce = 8;
+    int const share = min(kAtOnce, ceil_div(words, kListWarps));
+    int listed = 0;
+    for (int start = 0, pass = 0; start < words; start += kListWarps * share, ++pass) {
+        int const first = start + warp * share;
+        auto const block_of = [&](int i) { return (first + i) * kWordBlocks + lane; };
+        uint32_t const mattered = lane < share && first + lane < words ? mattered_before[first + lane] : 0;
+        bool exists[kAtOnce];
+        int page[kAtOnce];
+        bool matters[kAtOnce];
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+            exists[i] = i < share && block_of(i) < options.blocks;
+            page[i] = exists[i] ? call.block_table[row * call.block_table_stride + block_of(i) / blocks_of_page] : 0;
+            uint32_t const word = __shfl_sync(~0u, mattered, i);  // by all lanes, so not behind `||`
+            matters[i] = options.forced(block_of(i)) || (word >> lane & 1);
+        }
+#pragma unroll 2
+        for (int head = 0; head < heads; head += 2) {
+            float const low = __shfl_sync(~0u, limit, head);
+            float const high = __shfl_sync(~0u, limit, head + 1);
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < kAtOnce; ++i) {
+                int64_t const block = exists[i] ? block_of(i) : 0;
+                float2 const may_be = *reinterpret_cast<float2 const*>(masses + block * heads + head);
+                matters[i] |= may_be.x > low || may_be.y > high;
+            }
+        }
+        uint32_t visited[kAtOnce];
+        int of_warp = 0;
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+            visited[i] = __ballot_sync(~0u, exists[i] && matters[i]);
+            of_warp += __popc(visited[i]);
+            if (lane == i && i < share && first + i < words) {
+                workspace.visited[pair * workspace.words + first + i] = visited[i];
+            }
+        }
+        if (lane == 0) { counts[pass % 2][warp] = of_warp; }
+        __syncthreads();
+        int at = listed;
+        CUTLASS_PRAGMA_UNROLL
+        for (int w = 0; w < kListWarps; ++w) {
+            int const of_other = counts[pass % 2][w];
+            at += w < warp ? of_other : 0;
+            listed += of_other;
+        }
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+            if (visited[i] >> lane & 1) { list[at + __popc(visited[i] & ((1u << lane) - 1))] = {page[i], block_of(i)}; }
+            at += __popc(visited[i]);
+        }
+    }
+    if (threadIdx.x == 0) { workspace.visits[pair] = listed; }
+}
+
+}  // namespace lite_attention::sm90
