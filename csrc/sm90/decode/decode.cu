@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Compiled once for each head size (LITE_HEAD_DIM) and type (LITE_BFLOAT16).
+#include <numeric>
+
 #include "../common/device.h"
 #include "../common/tensor_map.h"
 #include "estimate.h"
@@ -20,6 +22,13 @@ bool encode(CUtensorMap& map, DecodeParams const& params, PagedView const& view,
         {box_planes > 1 ? kPlane : params.head_dim, params.page_size, box_planes > 1 ? planes : 1, params.kv_heads, params.pages},
         {view.token_stride, kPlane, view.head_stride, view.page_stride}, {kPlane, kDecodeBlock, box_planes, 1, 1},
         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+}
+
+// How many key heads' summaries one copy brings: as many as a stage takes and lie side by side.
+template <class Config>
+int heads_together(DecodeParams const& params) {
+    bool const adjoin = params.kv_heads == 1 || params.summaries.head_stride == 3 * params.head_dim + 16;
+    return adjoin ? std::gcd(params.kv_heads, EstimateStorage<Config>::kTiles) : 1;
 }
 
 // Launches a kernel that begins while the one before still runs, and waits where it needs it.
@@ -63,9 +72,11 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
         reinterpret_cast<float*>(memory + layout.lse),
         reinterpret_cast<float*>(memory + layout.out),
         layout.words,
+        layout.tiles,
         layout.segments,
         layout.heads};
     kernel_params.group = params.heads / params.kv_heads;
+    kernel_params.heads_together = heads_together<Config>(params);
     kernel_params.scale_log2 = params.scale * kLog2E;
 
     static_assert(sizeof(SharedStorage<Config>) + kMaxRows * sizeof(int) <= kSharedBytes);
@@ -82,11 +93,11 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
         error = cudaFuncSetAttribute(attend_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, attend_bytes);
     }
     if (error == cudaSuccess) {
-        constexpr int kWarps = EstimateStorage<Config>::kWarps;
-        estimate_kernel<Config><<<thread_blocks, kWarps * kWarp, estimate_bytes, stream>>>(kernel_params);
+        estimate_kernel<Config>
+            <<<thread_blocks, EstimateStorage<Config>::kThreads, estimate_bytes, stream>>>(kernel_params);
         error = cudaGetLastError();
     }
-    if (error == cudaSuccess) { error = launch_early(list_kernel, pairs, kListWarps * kWarp, 0, stream, kernel_params); }
+    if (error == cudaSuccess) { error = launch_early(list_kernel<Config>, pairs, kListWarps * kWarp, 0, stream, kernel_params); }
     if (error == cudaSuccess) {
         error = launch_early(attend_kernel<Config>, thread_blocks, Config::kThreads, attend_bytes, stream, kernel_params);
     }

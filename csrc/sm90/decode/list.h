@@ -1,22 +1,52 @@
 // SPDX-License-Identifier: MIT
-// The second kernel of a decode step: which blocks sequences that skip visit. What the first has estimated is compared with what all
-// blocks of a key head have together. A thread block takes a row and key head.
+// The second kernel of a decode step: which blocks rows that skip visit. What the first has estimated is compared with what all blocks
+// of a key head have together. A thread block takes a row and key head.
 #pragma once
 
-#include "work.h"
+#include "score.h"
 
 namespace lite_attention::sm90 {
 
-constexpr int kListWarps = 16;
+constexpr int kListWarps = 8;
+constexpr int kForced = 3;  // blocks: see is_forced
 
-// Log2 of the sum of a row's key head over its parts, for the query head lane % heads. `values`: (parts, heads). Runs in a whole
-// thread block; every warp gets the result.
-CUTLASS_DEVICE float sum_in_thread_block(float const* values, int parts, int heads) {
+// Log2 of the mass of each head of the blocks that are visited in any case; -inf where there are not as many. Runs in kForced warps.
+template <class Config>
+CUTLASS_DEVICE void weigh_forced(KernelParams const& params, int row, int kv_head, int length, float* exact) {
+    using Element = typename Config::Element;
+    DecodeParams const& call = params.call;
+    int const lane = threadIdx.x % kWarp;
+    int const number = threadIdx.x / kWarp;
+    int const block = number == 0 ? 0 : ceil_div(length, kDecodeBlock) - number;
+    bool const exists = number == 0 || block > 0;
+    int const blocks_of_page = call.page_size / kDecodeBlock;
+    int const page = exists ? call.block_table[row * call.block_table_stride + block / blocks_of_page] : 0;
+    auto const* const keys = static_cast<Element const*>(call.key.data) + page * call.key.page_stride +
+                             block % blocks_of_page * kDecodeBlock * call.key.token_stride + kv_head * call.key.head_stride;
+    QueryView<Element> const query(params, row, kv_head);
+    CUTLASS_PRAGMA_UNROLL
+    for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
+        float2 mass{-INFINITY, -INFINITY};
+        if (exists) {
+            int const count = min(kDecodeBlock, length - block * kDecodeBlock);
+            mass = exact_mass<Config>(keys, call.key.token_stride, count, query, tile * kHeadTile, params.scale_log2);
+        }
+        int const head = tile * kHeadTile + lane * 2;
+        if (lane < 4 && head < params.workspace.heads) {
+            *reinterpret_cast<float2*>(exact + number * params.workspace.heads + head) = mass;
+        }
+    }
+}
+
+// Log2 of the sum of a row's key head over its parts, for the query head lane % heads. `values`: (parts, heads), in memory, and
+// `others`: (other_parts, heads). Runs in a whole thread block; every warp gets the result.
+CUTLASS_DEVICE float sum_in_thread_block(float const* values, int parts, float const* others, int other_parts, int heads) {
     __shared__ float2 sums[kListWarps][kMaxGroup];
     int const lane = threadIdx.x % kWarp;
     LogSum sum;
-#pragma unroll 4
+#pragma unroll 8
     for (int i = threadIdx.x; i < parts * heads; i += kListWarps * kWarp) { sum.add(values[i]); }
+    if (threadIdx.x < other_parts * heads) { sum.add(others[threadIdx.x]); }
     sum.join_lanes(heads, kWarp);
     if (lane < heads) { sums[threadIdx.x / kWarp][lane] = {sum.largest, sum.sum}; }
     __syncthreads();
@@ -29,8 +59,10 @@ CUTLASS_DEVICE float sum_in_thread_block(float const* values, int parts, int hea
     return total.log2();
 }
 
-static __global__ void __launch_bounds__(kListWarps * kWarp) list_kernel(__grid_constant__ KernelParams const params) {
+template <class Config>
+__global__ void __launch_bounds__(kListWarps * kWarp) list_kernel(__grid_constant__ KernelParams const params) {
     __shared__ int counts[2][kListWarps];
+    __shared__ alignas(8) float exact[kForced * kMaxGroup];
     // The next kernel waits where it needs what this one writes.
     cudaTriggerProgrammaticLaunchCompletion();
     DecodeParams const& call = params.call;
@@ -45,6 +77,8 @@ static __global__ void __launch_bounds__(kListWarps * kWarp) list_kernel(__grid_
         if (pair == 0) { *workspace.drawn = 0; }
     }
     RowOptions const options(call, row);
+    if (!options.everything && warp < kForced) { weigh_forced<Config>(params, row, kv_head, options.length, exact); }
+    __syncthreads();
     cudaGridDependencySynchronize();  // the estimates are there
     if (options.everything) { return; }
 
@@ -55,7 +89,7 @@ static __global__ void __launch_bounds__(kListWarps * kWarp) list_kernel(__grid_
     float const* const masses = workspace.masses + pair * workspace.words * kWordBlocks * heads;
     Visit* const list = workspace.list + pair * workspace.words * kWordBlocks;
     float const mass = sum_in_thread_block(
-        workspace.expected + pair * workspace.segments * heads, segments_of(options.length), heads);
+        workspace.expected + pair * workspace.tiles * heads, ceil_div(options.blocks, kTileBlocks), exact, kForced, heads);
     // The least log2 of a mass that is worth a visit, for the head lane % heads.
     float const limit = lane % heads < params.group ? options.threshold + mass : INFINITY;
 
@@ -75,7 +109,7 @@ static __global__ void __launch_bounds__(kListWarps * kWarp) list_kernel(__grid_
             exists[i] = i < share && block_of(i) < options.blocks;
             page[i] = exists[i] ? call.block_table[row * call.block_table_stride + block_of(i) / blocks_of_page] : 0;
             uint32_t const word = __shfl_sync(~0u, mattered, i);  // by all lanes, so not behind `||`
-            matters[i] = options.forced(block_of(i)) || (word >> lane & 1);
+            matters[i] = is_forced(block_of(i), options.blocks) || (word >> lane & 1);
         }
 #pragma unroll 2
         for (int head = 0; head < heads; head += 2) {

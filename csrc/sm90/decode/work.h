@@ -20,12 +20,13 @@ struct Workspace {
     int* visits;        // (rows, kv_heads) how many blocks are visited
     uint32_t* visited;  // (rows, kv_heads, words) a bit for each block
     Visit* list;        // (rows, kv_heads, blocks) those that are visited come first
-    float* expected;    // (rows, kv_heads, segments, heads) log2 of the mass that a segment probably has
+    float* expected;    // (rows, kv_heads, tiles, heads) log2 of the mass that a tile's blocks but the forced ones probably have
     float* masses;      // (rows, kv_heads, blocks, heads) log2 of the mass that a block may have; once it is visited, that it has
     float* lse;         // (rows, kv_heads, segments, heads) of a part, in log2 units
     float* out;         // (rows, kv_heads, segments, head_dim, heads) of a part; not written where its lse is -inf
 
     int words;
+    int tiles;
     int segments;
     int heads;  // of a key head, rounded up: see workspace.h
 };
@@ -37,7 +38,8 @@ struct KernelParams {
     int box_planes;
     DecodeParams call;
     Workspace workspace;
-    int group;  // query heads of a key head
+    int group;           // query heads of a key head
+    int heads_together;  // key heads whose summaries are brought at once
     float scale_log2;
 };
 
@@ -111,10 +113,11 @@ struct RowOptions {
         everything = !tracked | visit_all;
         blocks = ceil_div(length, kDecodeBlock);
     }
-
-    // Blocks that are visited whatever they weigh: the first, and the newest two, which may have no summary yet.
-    CUTLASS_DEVICE bool forced(int block) const { return block == 0 || block >= blocks - 2; }
 };
+
+// Whether a block of a row, or one behind its end, is visited whatever it weighs: the first, and the newest two, which may have no
+// summary yet.
+CUTLASS_DEVICE bool is_forced(int block, int blocks) { return block == 0 || block >= blocks - 2; }
 
 // Which row a unit of work is of. `first_unit`: see number_units.
 CUTLASS_DEVICE int row_of(int const* first_unit, int rows, int index) {

@@ -11,6 +11,7 @@ namespace lite_attention::sm90 {
 
 struct WorkspaceLayout {
     int words;     // of a row and key head
+    int tiles;     // the same
     int segments;  // of a row
     int heads;     // places for the query heads of a key head: a power of two, and pairs of them are read at a time
     // Offsets in bytes.
@@ -28,6 +29,7 @@ struct WorkspaceLayout {
         constexpr int64_t kSegmentTokens = kSegmentBlocks * kDecodeBlock;
         constexpr int64_t kWordTokens = kWordBlocks * kDecodeBlock;
         words = static_cast<int>((max_tokens + kWordTokens - 1) / kWordTokens);
+        tiles = words * (kWordBlocks / kTileBlocks);
         segments = static_cast<int>(std::max<int64_t>(1, (max_tokens + kSegmentTokens - 1) / kSegmentTokens));
         heads = 2;
         while (heads * kv_heads < query_heads) { heads *= 2; }
@@ -38,7 +40,7 @@ struct WorkspaceLayout {
         visited = visits + aligned(pairs);
         list = visited + aligned(pairs * words);
         expected = list + aligned(pairs * words * kWordBlocks * 2);
-        masses = expected + aligned(pairs * segments * heads);
+        masses = expected + aligned(pairs * tiles * heads);
         lse = masses + aligned(pairs * words * kWordBlocks * heads);
         out = lse + aligned(pairs * segments * heads);
         bytes = out + aligned(pairs * segments * head_dim * heads);
