@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The first kernel of a decode step: what the blocks of rows that skip weigh, by their summaries. One warp has these brought, in tiles
-// of some blocks of a key head; a warp for each tile of a stage estimates.
+// The first kernel of a decode step: what the blocks of rows that skip weigh, by their summaries. Some warps have these brought, in
+// stages of tiles, which are some blocks of a key head; others estimate, each a tile.
 #pragma once
 
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -19,7 +19,9 @@ struct EstimateStorage {
     static constexpr int kWarps = kSize > 384 ? 4 : 8;  // that estimate
     static constexpr int kTiles = kSize > 128 ? 4 : 8;  // of a stage
     static constexpr int kTeams = kWarps / kTiles;      // take stages by turns
-    static constexpr int kThreads = (kWarps + 1) * kWarp;
+    static constexpr int kFetchers = 4;  // warps: one begins a copy every 43 ns, several one every 22 ns
+    static constexpr int kThreads = (kWarps + kFetchers) * kWarp;
+    static_assert(kTiles * kTileBlocks <= kFetchers * kWarp);  // a lane has a block
     // With room for the padding that `row_bytes` adds.
     static constexpr int kStageBytes = kTiles * kTileBlocks * (3 * Config::kHeadDim + 16 + 48);
     // Room is left for thread blocks of the next kernel. A stage is always of the same team, which cannot wait for its next use
@@ -59,50 +61,40 @@ struct SummaryUnit {
 // Bytes from a block's summaries to the next one's in shared memory: eight of them begin in banks of their own, whatever their size.
 CUTLASS_DEVICE int row_bytes(int summaries_bytes) { return (summaries_bytes + 31) / 64 * 64 + 32; }
 
-// Has summaries brought, those of several heads at a time: what limits is how many copies begin. Runs in one warp.
+// Has summaries brought, those of several heads at a time: what limits is how many copies begin. Runs in kFetchers warps.
 template <class Config>
-CUTLASS_DEVICE void fetch_summaries(KernelParams const& params, EstimateStorage<Config>& shared, int first, int end) {
+CUTLASS_DEVICE void fetch_summaries(
+    KernelParams const& params, EstimateStorage<Config>& shared, int first, int end, int fetcher) {
     using Storage = EstimateStorage<Config>;
-    constexpr int kOfLane = Storage::kTiles * kTileBlocks / kWarp;  // blocks, at most
     DecodeParams const& call = params.call;
     SummaryView const& summaries = call.summaries;
     int const lane = threadIdx.x % kWarp;
+    int const block_of_unit = lane * Storage::kFetchers + fetcher;
     int const blocks_of_page = call.page_size / kDecodeBlock;
     int const unit_blocks = Storage::kTiles / params.heads_together * kTileBlocks;
     int const bytes = params.heads_together * (3 * call.head_dim + 16);
 
     SummaryUnit unit;
-    int page[kOfLane];
-    // What does not exist has the summaries of the row's last block.
-    auto const block_of = [&](int i) { return min(unit.first_block + i * kWarp + lane, unit.blocks - 1); };
+    int block;
+    int page;
     auto const go_to = [&](int index) {
         unit.go_to(params, shared.first_unit, index, unit_blocks);
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kOfLane; ++i) {
-            page[i] = call.block_table[unit.row * call.block_table_stride + block_of(i) / blocks_of_page];
-        }
+        block = min(unit.first_block + block_of_unit, unit.blocks - 1);  // what does not exist has the summaries of the row's last
+        page = call.block_table[unit.row * call.block_table_stride + block / blocks_of_page];
     };
     if (first < end) { go_to(first); }
     for (int index = first; index < end; ++index) {
         uint32_t const n = index - first;
         int const stage = shared.stages.place(n);
         uint64_t* const full = &shared.stages.full[stage];
-        uint8_t const* from[kOfLane];
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kOfLane; ++i) {
-            from[i] = summaries.data + page[i] * summaries.page_stride + unit.first_head * summaries.head_stride +
-                      block_of(i) % blocks_of_page * summaries.block_stride;
-        }
+        uint8_t const* const from = summaries.data + page * summaries.page_stride + unit.first_head * summaries.head_stride +
+                                    block % blocks_of_page * summaries.block_stride;
         if (index + 1 < end) { go_to(index + 1); }  // its pages come meanwhile
         shared.stages.wait_empty(n);
-        if (lane == 0) { CopyBarrier::arrive_and_expect_tx(full, unit_blocks * bytes); }
+        if (lane == 0) { CopyBarrier::arrive_and_expect_tx(full, unit_blocks / Storage::kFetchers * bytes); }
         __syncwarp();
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kOfLane; ++i) {
-            int const block = i * kWarp + lane;
-            if (block < unit_blocks) {
-                cute::SM90_BULK_COPY_G2S::copy(from[i], full, shared.summaries[stage] + block * row_bytes(bytes), bytes);
-            }
+        if (block_of_unit < unit_blocks) {
+            cute::SM90_BULK_COPY_G2S::copy(from, full, shared.summaries[stage] + block_of_unit * row_bytes(bytes), bytes);
         }
     }
 }
@@ -199,7 +191,7 @@ __global__ void __launch_bounds__(EstimateStorage<Config>::kThreads, 1)
     // The next kernel waits where it needs what this one writes.
     cudaTriggerProgrammaticLaunchCompletion();
     if (threadIdx.x == 0) {
-        shared.stages.init(1, Storage::kTiles);
+        shared.stages.init(Storage::kFetchers, Storage::kTiles);
         cutlass::arch::fence_barrier_init();
     }
     int const unit_blocks = Storage::kTiles / params.heads_together * kTileBlocks;
@@ -210,10 +202,11 @@ __global__ void __launch_bounds__(EstimateStorage<Config>::kThreads, 1)
     int64_t const units = shared.first_unit[params.call.rows];
     int const first = static_cast<int>(blockIdx.x * units / gridDim.x);
     int const end = static_cast<int>((blockIdx.x + 1) * units / gridDim.x);
-    if (threadIdx.x / kWarp < Storage::kWarps) {
+    int const warp = threadIdx.x / kWarp;
+    if (warp < Storage::kWarps) {
         estimate(params, shared, first, end);
     } else {
-        fetch_summaries(params, shared, first, end);
+        fetch_summaries(params, shared, first, end, warp - Storage::kWarps);
     }
 }
 

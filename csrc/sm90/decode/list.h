@@ -62,7 +62,7 @@ CUTLASS_DEVICE float sum_in_thread_block(float const* values, int parts, float c
 template <class Config>
 __global__ void __launch_bounds__(kListWarps * kWarp) list_kernel(__grid_constant__ KernelParams const params) {
     __shared__ int counts[2][kListWarps];
-    __shared__ alignas(8) float exact[kForced * kMaxGroup];
+    alignas(8) __shared__ float exact[kForced * kMaxGroup];
     // The next kernel waits where it needs what this one writes.
     cudaTriggerProgrammaticLaunchCompletion();
     DecodeParams const& call = params.call;
