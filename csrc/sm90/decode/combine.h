@@ -65,6 +65,8 @@ CUTLASS_DEVICE void combine(KernelParams const& params, Part const& ended, int t
     int const heads = workspace.heads;
     int const lane = thread % kWarp;
     int64_t const pair = static_cast<int64_t>(ended.row) * call.kv_heads + ended.kv_head;
+    int const slot = call.slots[ended.row];
+    float const threshold = call.thresholds[ended.row];
     __threadfence();  // what other thread blocks have left is read
     float const* const lses = workspace.lse + pair * workspace.segments * heads;
     float const lse = sum_parts(lses, ended.parts, heads);
@@ -108,10 +110,10 @@ CUTLASS_DEVICE void combine(KernelParams const& params, Part const& ended, int t
     if (ended.tracked) {
         int const blocks = ceil_div(ended.length, kDecodeBlock);
         update_mask<Config>(
-            call.mask + call.slots[ended.row] * call.mask_slot_stride + ended.kv_head * call.mask_head_stride,
+            call.mask + slot * call.mask_slot_stride + ended.kv_head * call.mask_head_stride,
             ended.visits < blocks ? workspace.visited + pair * workspace.words : nullptr,
             workspace.masses + pair * workspace.words * kWordBlocks * heads, lse, blocks, group, heads,
-            call.thresholds[ended.row]);
+            threshold);
     }
     if (thread == 0) { atomicAdd(&call.visited[ended.row], ended.visits); }
 }

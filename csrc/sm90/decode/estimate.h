@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(EstimateStorage<Config>::kThreads, 1)
     auto& shared = *reinterpret_cast<Storage*>(memory);
     // The next kernel waits where it needs what this one writes.
     cudaTriggerProgrammaticLaunchCompletion();
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == blockDim.x - 1) {  // first threads look at the first rows meanwhile
         shared.stages.init(Storage::kFetchers, Storage::kTiles);
         cutlass::arch::fence_barrier_init();
     }

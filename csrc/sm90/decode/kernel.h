@@ -484,7 +484,7 @@ template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1) attend_kernel(__grid_constant__ KernelParams const params) {
     extern __shared__ __align__(1024) uint8_t memory[];
     auto& shared = *reinterpret_cast<SharedStorage<Config>*>(memory);
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == blockDim.x - 1) {  // first threads look at the first rows meanwhile
         shared.units.init(kWarp, (Config::kConsumers + 1) * kWarp);
         shared.stages.init(1, 1);
         shared.backlog = 0;
