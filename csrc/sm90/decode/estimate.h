@@ -58,7 +58,7 @@ struct SummaryUnit {
     }
 };
 
-// Bytes from a block's summaries to the next one's in shared memory: eight of them begin in banks of their own, whatever their size.
+// Bytes from a block's summaries to the next one's in shared memory: so eight of them begin in banks of their own.
 CUTLASS_DEVICE int row_bytes(int summaries_bytes) { return (summaries_bytes + 31) / 64 * 64 + 32; }
 
 // Has summaries brought, those of several heads at a time: what limits is how many copies begin. Runs in kFetchers warps.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The second kernel of a decode step: which blocks rows that skip visit. What the first has estimated is compared with what all blocks
-// of a key head have together. A thread block takes a row and key head.
+// The second kernel of a decode step: which blocks rows that skip visit. What the first has estimated is compared with what all
+// blocks of a key head have together. A thread block takes a row and key head.
 #pragma once
 
 #include "score.h"
@@ -10,7 +10,7 @@ namespace lite_attention::sm90 {
 constexpr int kListWarps = 8;
 constexpr int kForced = 3;  // blocks: see is_forced
 
-// Log2 of the mass of each head of the blocks that are visited in any case; -inf where there are not as many. Runs in kForced warps.
+// Log2 of each head's mass of the blocks that are visited in any case; -inf where there are not as many. Runs in kForced warps.
 template <class Config>
 CUTLASS_DEVICE void weigh_forced(KernelParams const& params, int row, int kv_head, int length, float* exact) {
     using Element = typename Config::Element;
