@@ -189,7 +189,7 @@ SHAPES = {
     "length 0 is padding": Shape((100, 0, 0)),
     "one off a segment": Shape((SEGMENT - 1, SEGMENT, SEGMENT + 1)),
     "many segments": Shape((3 * SEGMENT + 17, 5), kv_heads=1),
-    "lists that are made in two passes": Shape((36000,), kv_heads=1, group=2, head_dim=64),
+    "lists of several chunks": Shape((36000,), kv_heads=1, group=2, head_dim=64),
     "three key heads": Shape((300, 2500), kv_heads=3, group=1, head_dim=64),
     "six key heads": Shape((300, 2500), kv_heads=6, group=1, head_dim=64),
     "eight key heads": Shape((700, 2500), kv_heads=8, group=2),

@@ -16,10 +16,10 @@ namespace lite_attention::sm90 {
 
 constexpr int kHeadTile = 8;  // query heads of a matrix product
 constexpr int kPlane = 64;    // channels that lie side by side in shared memory, 128 bytes
-// Blocks of a part, unless a row would have more parts than segments, which have this many at most.
-constexpr int kPartBlocks = 32;
+// Blocks of a part, unless a chunk would have more parts than segments, which have this many at most.
+constexpr int kPartBlocks = 64;
 // Blocks that may be listed and not fetched yet when a thread block takes more work: who takes it early may end last.
-constexpr int kBacklog = 48;
+constexpr int kBacklog = 24;
 constexpr int kSharedBytes = 227 * 1024;
 
 template <int kHeadDim_, class Element_, int kHeadTiles_>

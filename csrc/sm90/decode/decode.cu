@@ -4,6 +4,7 @@
 
 #include "../common/device.h"
 #include "../common/tensor_map.h"
+#include "combine.h"
 #include "estimate.h"
 #include "kernel.h"
 #include "launch.h"
@@ -63,7 +64,7 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     kernel_params.call = params;
     kernel_params.workspace = {
         reinterpret_cast<uint32_t*>(memory),
-        reinterpret_cast<uint32_t*>(memory + layout.ended),
+        reinterpret_cast<int*>(memory + layout.parts),
         reinterpret_cast<int*>(memory + layout.visits),
         reinterpret_cast<uint32_t*>(memory + layout.visited),
         reinterpret_cast<Visit*>(memory + layout.list),
@@ -73,6 +74,7 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
         reinterpret_cast<float*>(memory + layout.out),
         layout.words,
         layout.tiles,
+        layout.chunks,
         layout.segments,
         layout.heads};
     kernel_params.group = params.heads / params.kv_heads;
@@ -85,7 +87,7 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     int const attend_bytes = static_cast<int>(sizeof(SharedStorage<Config>) + params.rows * sizeof(int));
     int64_t const parts = static_cast<int64_t>(layout.segments) * params.kv_heads * params.rows;  // at most
     auto const thread_blocks = static_cast<unsigned>(std::min<int64_t>(parts, processors()));
-    auto const pairs = static_cast<unsigned>(params.rows * params.kv_heads);
+    auto const chunks = static_cast<unsigned>(params.rows * params.kv_heads * layout.chunks);
 
     cudaError_t error =
         cudaFuncSetAttribute(estimate_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, estimate_bytes);
@@ -97,9 +99,13 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
             <<<thread_blocks, EstimateStorage<Config>::kThreads, estimate_bytes, stream>>>(kernel_params);
         error = cudaGetLastError();
     }
-    if (error == cudaSuccess) { error = launch_early(list_kernel<Config>, pairs, kListWarps * kWarp, 0, stream, kernel_params); }
+    if (error == cudaSuccess) { error = launch_early(list_kernel<Config>, chunks, kListWarps * kWarp, 0, stream, kernel_params); }
     if (error == cudaSuccess) {
         error = launch_early(attend_kernel<Config>, thread_blocks, Config::kThreads, attend_bytes, stream, kernel_params);
+    }
+    if (error == cudaSuccess) {
+        int const combine_bytes = layout.chunks * static_cast<int>(sizeof(int));
+        error = launch_early(combine_kernel<Config>, chunks, kCombineWarps * kWarp, combine_bytes, stream, kernel_params);
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

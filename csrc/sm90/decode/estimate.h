@@ -190,6 +190,9 @@ __global__ void __launch_bounds__(EstimateStorage<Config>::kThreads, 1)
     auto& shared = *reinterpret_cast<Storage*>(memory);
     // The next kernel waits where it needs what this one writes.
     cudaTriggerProgrammaticLaunchCompletion();
+    int const thread = blockIdx.x * blockDim.x + threadIdx.x;
+    for (int row = thread; row < params.call.rows; row += gridDim.x * blockDim.x) { params.workspace.parts[row] = 0; }
+    if (thread == 0) { *params.workspace.drawn = 0; }
     if (threadIdx.x == blockDim.x - 1) {  // first threads look at the first rows meanwhile
         shared.stages.init(Storage::kFetchers, Storage::kTiles);
         cutlass::arch::fence_barrier_init();

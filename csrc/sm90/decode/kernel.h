@@ -1,51 +1,50 @@
 // SPDX-License-Identifier: MIT
 // The third kernel of a decode step. Some warps look up what a part visits, one warp has it fetched, others attend to it together,
-// each with a softmax of its own.
+// each with a softmax of its own. What it leaves of each part the next kernel puts together.
 #pragma once
 
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
-#include "combine.h"
 #include "mma.h"
+#include "storage.h"
 
 namespace lite_attention::sm90 {
 
-// In how many parts the blocks that a row's key head visits are cut, all of about the same size. `length`: keys of the row.
-CUTLASS_DEVICE int parts_of(int visits, int length) { return min(max(1, ceil_div(visits, kPartBlocks)), segments_of(length)); }
-
-// Where one of them begins.
-CUTLASS_DEVICE int part_begin(int visits, int number, int parts) { return visits / parts * number + min(visits % parts, number); }
-
 // The parts of a row.
 CUTLASS_DEVICE int parts_of_row(KernelParams const& params, int row, RowOptions const& options) {
-    int const kv_heads = params.call.kv_heads;
-    if (options.everything) { return kv_heads * parts_of(options.blocks, options.length); }
+    if (options.everything) { return params.call.kv_heads * ceil_div(options.blocks, kSegmentBlocks); }
     cudaGridDependencySynchronize();  // the lists are there
-    int const* const visits = params.workspace.visits + static_cast<int64_t>(row) * kv_heads;
-    int parts = 0;
-#pragma unroll 8
-    for (int head = 0; head < kv_heads; ++head) { parts += parts_of(visits[head], options.length); }
-    return parts;
+    return params.workspace.parts[row];
 }
 
-// The part of a row, `index` among all of its parts: those of rows that visit everything are ordered by their place, so that
-// neighbours are of neighbouring key heads, which lie side by side; others by their key head. Runs in a warp.
+// The part of a row, `index` among all of its parts. They are ordered by their place first (in rows that skip, by their chunk), so
+// that neighbours are of neighbouring key heads, which lie side by side. Runs in a warp.
 CUTLASS_DEVICE Part find_part(KernelParams const& params, int row, RowOptions const& options, int index) {
     int const kv_heads = params.call.kv_heads;
-    Part part{row, 0, 0, 0, options.blocks, options.length, options.tracked};
+    Part part{row, 0, 0, 0, 0, 0, options.length, options.tracked};
+    auto const cut = [&](int visits, int parts) {
+        part.first = part_begin(visits, part.number, parts);
+        part.blocks = part_begin(visits, part.number + 1, parts) - part.first;
+    };
     if (options.everything) {
         part.kv_head = index % kv_heads;
-        part.number = index / kv_heads;
-        part.parts = parts_of(options.blocks, options.length);
+        part.chunk = index / kv_heads / kChunkParts;
+        part.number = index / kv_heads % kChunkParts;
+        int const blocks = blocks_of_chunk(options.blocks, part.chunk);
+        cut(blocks, parts_of(blocks, blocks));
         return part;
     }
     cudaGridDependencySynchronize();  // the lists are there
     int const lane = threadIdx.x % kWarp;
+    int const lists = kv_heads * ceil_div(options.blocks, kChunkBlocks);
     for (int first = 0;; first += kWarp) {
-        int const head = first + lane;
-        int const visits = head < kv_heads ? params.workspace.visits[static_cast<int64_t>(row) * kv_heads + head] : 0;
-        int const parts = head < kv_heads ? parts_of(visits, options.length) : 0;
+        int const chunk = (first + lane) / kv_heads;
+        int const kv_head = (first + lane) % kv_heads;
+        bool const exists = first + lane < lists;
+        int64_t const pair = static_cast<int64_t>(row) * kv_heads + kv_head;
+        int const visits = exists ? params.workspace.visits[pair * params.workspace.chunks + chunk] : 0;
+        int const parts = exists ? parts_of(visits, blocks_of_chunk(options.blocks, chunk)) : 0;
         int const end = sum_of_lanes_before(parts) + parts;
         uint32_t const behind = __ballot_sync(~0u, index < end);
         if (behind == 0) {
@@ -53,10 +52,10 @@ CUTLASS_DEVICE Part find_part(KernelParams const& params, int row, RowOptions co
             continue;
         }
         int const source = __ffs(behind) - 1;
-        part.kv_head = first + source;
+        part.kv_head = (first + source) % kv_heads;
+        part.chunk = (first + source) / kv_heads;
         part.number = index - __shfl_sync(~0u, end - parts, source);
-        part.parts = __shfl_sync(~0u, parts, source);
-        part.visits = __shfl_sync(~0u, visits, source);
+        cut(__shfl_sync(~0u, visits, source), __shfl_sync(~0u, parts, source));
         return part;
     }
 }
@@ -124,18 +123,19 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
         int const row = row_of(shared.first_part, call.rows, index);
         RowOptions const options(call, row);
         Part const part = find_part(params, row, options, index - shared.first_part[row]);
-        int const begin = part_begin(part.visits, part.number, part.parts);
-        blocks = part_begin(part.visits, part.number + 1, part.parts) - begin;
+        blocks = part.blocks;
 
         int64_t const pair = static_cast<int64_t>(row) * call.kv_heads + part.kv_head;
-        Visit const* const list = workspace.list + pair * workspace.words * kWordBlocks;
+        int const first_block = part.chunk * kChunkBlocks;
+        Visit const* const list = workspace.list + pair * workspace.words * kWordBlocks + first_block;
         Visit visits[kSegmentBlocks / kWarp];
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < kSegmentBlocks / kWarp; ++i) {
-            int const at = begin + i * kWarp + lane;
+            int const at = part.first + i * kWarp + lane;
             if (i * kWarp + lane >= blocks) { break; }
+            int const block = first_block + at;
             visits[i] = options.everything
-                            ? Visit{call.block_table[row * call.block_table_stride + at / blocks_of_page], at}
+                            ? Visit{call.block_table[row * call.block_table_stride + block / blocks_of_page], block}
                             : list[at];
         }
         QueryView<Element> const query(params, row, part.kv_head);
@@ -160,7 +160,6 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
         }
         if (lane == 0) {
             unit.part = part;
-            unit.blocks = blocks;
             atomicAdd(&shared.backlog, blocks - expected);
         }
         Barrier::arrive(&shared.units.full[warp]);
@@ -176,7 +175,7 @@ CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& sha
     int const blocks_of_page = params.call.page_size / kDecodeBlock;
     uint32_t fetched = 0;
     for_each_unit(shared, [&](Unit<Config> const& unit) {
-        int const blocks = unit.blocks;
+        int const blocks = unit.part.blocks;
         int const kv_head = unit.part.kv_head;
         for (int first = 0; first < blocks; first += kLanes) {
             int const i = first + lane;
@@ -407,7 +406,8 @@ CUTLASS_DEVICE void merge(
             if (channel < head_dim && head < heads) {
                 *reinterpret_cast<float2*>(workspace.out + (part * head_dim + channel) * heads + head) = sum;
             }
-            sync_consumers<Config>();
+            // Behind the last slice the next part's barrier does.
+            if (tile < Config::kHeadTiles - 1 || slice < Config::kPlanes - 1) { sync_consumers<Config>(); }
         }
     }
 }
@@ -420,18 +420,9 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     int const warp = thread / kWarp;
     int const lane = thread % kWarp;
     uint32_t fetched = 0;
-    uint32_t number = 0;   // of parts
-    uint32_t counted = 0;  // of thread 0: how many of its row's key head were counted before the last of them
-    // Whether the part before was the last of its row and key head. How many were counted is asked for long before it is needed.
-    auto const ends = [&] {
-        bool& last = shared.last[number % 2];
-        if (thread == 0) { last = number > 0 && counted == shared.ended[number % 2].parts - 1; }
-        sync_consumers<Config>();
-        return last;
-    };
     for_each_unit(shared, [&](Unit<Config> const& unit) {
         Part const part = unit.part;
-        int const blocks = unit.blocks;
+        int const blocks = part.blocks;
 
         QueryOperands<Config> const query(unit);
         int64_t const pair = static_cast<int64_t>(part.row) * params.call.kv_heads + part.kv_head;
@@ -462,28 +453,19 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         }
         fetched += blocks;
 
-        share(shared, gathered, warp);
-        bool const last = ends();
-        int64_t const result = pair * workspace.segments + part.number;
-        if (blocks > 0) {
-            merge(params, shared, result, gathered, thread);
-        } else if (thread < heads) {
-            workspace.lse[result * heads + thread] = -INFINITY;
-        }
-        __syncwarp();
-        if (thread == 0) { shared.ended[(number + 1) % 2] = part; }
         leave(shared, unit);
-        if (thread == 0) { counted = count_part(params, pair); }
-        if (last) { combine<Config>(params, shared.ended[number % 2], thread); }
-        ++number;
+        share(shared, gathered, warp);
+        sync_consumers<Config>();
+        merge(params, shared, pair * workspace.segments + part.chunk * kChunkParts + part.number, gathered, thread);
     });
-    if (ends()) { combine<Config>(params, shared.ended[number % 2], thread); }
 }
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1) attend_kernel(__grid_constant__ KernelParams const params) {
     extern __shared__ __align__(1024) uint8_t memory[];
     auto& shared = *reinterpret_cast<SharedStorage<Config>*>(memory);
+    // The next kernel waits where it needs what this one writes.
+    cudaTriggerProgrammaticLaunchCompletion();
     if (threadIdx.x == blockDim.x - 1) {  // first threads look at the first rows meanwhile
         shared.units.init(kWarp, (Config::kConsumers + 1) * kWarp);
         shared.stages.init(1, 1);
@@ -505,6 +487,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attend_kernel(__grid_cons
     } else {
         fetch(params, shared);
     }
+    cudaGridDependencySynchronize();  // who waits for this kernel has waited for those before
 }
 
 }  // namespace lite_attention::sm90

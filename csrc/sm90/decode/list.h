@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The second kernel of a decode step: which blocks rows that skip visit. What the first has estimated is compared with what all
-// blocks of a key head have together. A thread block takes a row and key head.
+// blocks of a key head have together. A thread block takes a chunk of a row and key head.
 #pragma once
 
 #include "score.h"
@@ -8,6 +8,7 @@
 namespace lite_attention::sm90 {
 
 constexpr int kListWarps = 8;
+constexpr int kChunkWords = kChunkBlocks / kWordBlocks;
 constexpr int kForced = 3;  // blocks: see is_forced
 
 // Log2 of each head's mass of the blocks that are visited in any case; -inf where there are not as many. Runs in kForced warps.
@@ -60,94 +61,100 @@ CUTLASS_DEVICE float sum_in_thread_block(float const* values, int parts, float c
 }
 
 template <class Config>
-__global__ void __launch_bounds__(kListWarps * kWarp) list_kernel(__grid_constant__ KernelParams const params) {
-    __shared__ int counts[2][kListWarps];
+__global__ void __launch_bounds__(kListWarps * kWarp, 4) list_kernel(__grid_constant__ KernelParams const params) {
+    __shared__ int counts[kListWarps];
     alignas(8) __shared__ float exact[kForced * kMaxGroup];
     // The next kernel waits where it needs what this one writes.
     cudaTriggerProgrammaticLaunchCompletion();
     DecodeParams const& call = params.call;
     Workspace const& workspace = params.workspace;
-    int64_t const pair = blockIdx.x;
-    int const row = blockIdx.x / call.kv_heads;
-    int const kv_head = blockIdx.x % call.kv_heads;
+    int const chunk = blockIdx.x % workspace.chunks;
+    int64_t const pair = blockIdx.x / workspace.chunks;
+    int const row = pair / call.kv_heads;
+    int const kv_head = pair % call.kv_heads;
     int const warp = threadIdx.x / kWarp;
     int const lane = threadIdx.x % kWarp;
-    if (threadIdx.x == 0) {
-        workspace.ended[pair] = 0;
-        if (pair == 0) { *workspace.drawn = 0; }
-    }
     RowOptions const options(call, row);
-    if (!options.everything && warp < kForced) { weigh_forced<Config>(params, row, kv_head, options.length, exact); }
+    int const of_chunk = blocks_of_chunk(options.blocks, chunk);
+    if (options.everything || of_chunk <= 0) {
+        if (options.everything && chunk == 0 && threadIdx.x == 0) { atomicAdd(&call.visited[row], options.blocks); }
+        cudaGridDependencySynchronize();  // who waits for this kernel has waited for the one before
+        return;
+    }
+
+    // What is read is asked for at once as far as can be, and before the estimates are there: the words of a warp are next to
+    // each other.
+    constexpr int kAtOnce = kChunkWords / kListWarps;
+    int const words = ceil_div(of_chunk, kWordBlocks);
+    int const share = ceil_div(words, kListWarps);
+    int const first = chunk * kChunkWords + warp * share;
+    int const last = min(first + share, chunk * kChunkWords + words);
+    auto const block_of = [&](int i) { return (first + i) * kWordBlocks + lane; };
+    int const blocks_of_page = call.page_size / kDecodeBlock;
+    bool exists[kAtOnce];
+    int page[kAtOnce];
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+        exists[i] = first + i < last && block_of(i) < options.blocks;
+        page[i] = exists[i] ? call.block_table[row * call.block_table_stride + block_of(i) / blocks_of_page] : 0;
+    }
+    int32_t const* const mattered_before = call.mask + call.slots[row] * call.mask_slot_stride + kv_head * call.mask_head_stride;
+    uint32_t const mattered = first + lane < last ? mattered_before[first + lane] : 0;
+    if (warp < kForced) { weigh_forced<Config>(params, row, kv_head, options.length, exact); }
     __syncthreads();
     cudaGridDependencySynchronize();  // the estimates are there
-    if (options.everything) { return; }
 
     int const heads = workspace.heads;
-    int const blocks_of_page = call.page_size / kDecodeBlock;
-    int const words = ceil_div(options.blocks, kWordBlocks);
-    int32_t const* const mattered_before = call.mask + call.slots[row] * call.mask_slot_stride + kv_head * call.mask_head_stride;
     float const* const masses = workspace.masses + pair * workspace.words * kWordBlocks * heads;
-    Visit* const list = workspace.list + pair * workspace.words * kWordBlocks;
     float const mass = sum_in_thread_block(
         workspace.expected + pair * workspace.tiles * heads, ceil_div(options.blocks, kTileBlocks), exact, kForced, heads);
     // The least log2 of a mass that is worth a visit, for the head lane % heads.
     float const limit = lane % heads < params.group ? options.threshold + mass : INFINITY;
-
-    // What is read is asked for at once as far as can be: the words of a warp are next to each other.
-    constexpr int kAtOnce = 8;
-    int const share = min(kAtOnce, ceil_div(words, kListWarps));
-    int listed = 0;
-    for (int start = 0, pass = 0; start < words; start += kListWarps * share, ++pass) {
-        int const first = start + warp * share;
-        auto const block_of = [&](int i) { return (first + i) * kWordBlocks + lane; };
-        uint32_t const mattered = lane < share && first + lane < words ? mattered_before[first + lane] : 0;
-        bool exists[kAtOnce];
-        int page[kAtOnce];
-        bool matters[kAtOnce];
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) {
-            exists[i] = i < share && block_of(i) < options.blocks;
-            page[i] = exists[i] ? call.block_table[row * call.block_table_stride + block_of(i) / blocks_of_page] : 0;
-            uint32_t const word = __shfl_sync(~0u, mattered, i);  // by all lanes, so not behind `||`
-            matters[i] = is_forced(block_of(i), options.blocks) || (word >> lane & 1);
-        }
+    bool matters[kAtOnce];
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+        uint32_t const word = __shfl_sync(~0u, mattered, i);  // by all lanes, so not behind `||`
+        matters[i] = is_forced(block_of(i), options.blocks) || (word >> lane & 1);
+    }
 #pragma unroll 2
-        for (int head = 0; head < heads; head += 2) {
-            float const low = __shfl_sync(~0u, limit, head);
-            float const high = __shfl_sync(~0u, limit, head + 1);
-            CUTLASS_PRAGMA_UNROLL
-            for (int i = 0; i < kAtOnce; ++i) {
-                int64_t const block = exists[i] ? block_of(i) : 0;
-                float2 const may_be = *reinterpret_cast<float2 const*>(masses + block * heads + head);
-                matters[i] |= may_be.x > low || may_be.y > high;
-            }
-        }
-        uint32_t visited[kAtOnce];
-        int of_warp = 0;
+    for (int head = 0; head < heads; head += 2) {
+        float const low = __shfl_sync(~0u, limit, head);
+        float const high = __shfl_sync(~0u, limit, head + 1);
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < kAtOnce; ++i) {
-            visited[i] = __ballot_sync(~0u, exists[i] && matters[i]);
-            of_warp += __popc(visited[i]);
-            if (lane == i && i < share && first + i < words) {
-                workspace.visited[pair * workspace.words + first + i] = visited[i];
-            }
-        }
-        if (lane == 0) { counts[pass % 2][warp] = of_warp; }
-        __syncthreads();
-        int at = listed;
-        CUTLASS_PRAGMA_UNROLL
-        for (int w = 0; w < kListWarps; ++w) {
-            int const of_other = counts[pass % 2][w];
-            at += w < warp ? of_other : 0;
-            listed += of_other;
-        }
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) {
-            if (visited[i] >> lane & 1) { list[at + __popc(visited[i] & ((1u << lane) - 1))] = {page[i], block_of(i)}; }
-            at += __popc(visited[i]);
+            int64_t const block = exists[i] ? block_of(i) : 0;
+            float2 const may_be = *reinterpret_cast<float2 const*>(masses + block * heads + head);
+            matters[i] |= may_be.x > low || may_be.y > high;
         }
     }
-    if (threadIdx.x == 0) { workspace.visits[pair] = listed; }
+    uint32_t visited[kAtOnce];
+    int of_warp = 0;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+        visited[i] = __ballot_sync(~0u, exists[i] && matters[i]);
+        of_warp += __popc(visited[i]);
+        if (lane == i && first + i < last) { workspace.visited[pair * workspace.words + first + i] = visited[i]; }
+    }
+    if (lane == 0) { counts[warp] = of_warp; }
+    __syncthreads();
+    int at = 0;
+    int listed = 0;
+    CUTLASS_PRAGMA_UNROLL
+    for (int w = 0; w < kListWarps; ++w) {
+        at += w < warp ? counts[w] : 0;
+        listed += counts[w];
+    }
+    Visit* const list = workspace.list + pair * workspace.words * kWordBlocks + chunk * kChunkBlocks;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+        if (visited[i] >> lane & 1) { list[at + __popc(visited[i] & ((1u << lane) - 1))] = {page[i], block_of(i)}; }
+        at += __popc(visited[i]);
+    }
+    if (threadIdx.x == 0) {
+        workspace.visits[pair * workspace.chunks + chunk] = listed;
+        atomicAdd(&workspace.parts[row], parts_of(listed, of_chunk));
+        atomicAdd(&call.visited[row], listed);
+    }
 }
 
 }  // namespace lite_attention::sm90

@@ -6,22 +6,22 @@
 
 namespace lite_attention::sm90 {
 
-// A part of what a row's key head visits.
+// A part of what is visited of a chunk.
 struct Part {
     int row;  // -1: no work is left
     int kv_head;
-    int number;     // among those of the row and key head
-    int parts;      // how many these have
-    int visits;     // blocks of all of them
-    int length;     // keys of the row
-    bool tracked;   // whether the state is updated
+    int chunk;
+    int number;    // among those of the chunk
+    int first;     // of its blocks among those of the chunk that are visited
+    int blocks;
+    int length;    // keys of the row
+    bool tracked;  // whether the state is updated
 };
 
 // A part to be attended to.
 template <class Config>
 struct Unit {
     Part part;
-    int blocks;
     Visit list[kSegmentBlocks];
     alignas(16) typename Config::Element query[Config::kHeads * Config::kQueryRow];
 };
@@ -41,8 +41,6 @@ struct SharedStorage {
     float max[Config::kConsumers][Config::kHeads];
     float sum[Config::kConsumers][Config::kHeads];
     float2 slice[Config::kConsumers][Config::kSlice * kHeadTile / 2];
-    Part ended[2];  // every other part that is attended to
-    bool last[2];   // whether it was the last of its row and key head
 
     int first_part[1];  // of each row, and the number of parts at the end: rows + 1 of them
 };

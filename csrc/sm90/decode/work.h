@@ -16,10 +16,10 @@ struct alignas(8) Visit {
 // What thread blocks leave for others. Visits are noted of rows that skip only: others visit everything.
 struct Workspace {
     uint32_t* drawn;    // parts that were taken beside each thread block's first ones
-    uint32_t* ended;    // (rows, kv_heads) parts that are attended to
-    int* visits;        // (rows, kv_heads) how many blocks are visited
+    int* parts;         // (rows,) of all key heads
+    int* visits;        // (rows, kv_heads, chunks) how many blocks are visited
     uint32_t* visited;  // (rows, kv_heads, words) a bit for each block
-    Visit* list;        // (rows, kv_heads, blocks) those that are visited come first
+    Visit* list;        // (rows, kv_heads, blocks) those of a chunk that are visited come first
     float* expected;    // (rows, kv_heads, tiles, heads) log2 of the mass that a tile's blocks but the forced ones probably have
     float* masses;      // (rows, kv_heads, blocks, heads) log2 of the mass that a block may have; once it is visited, that it has
     float* lse;         // (rows, kv_heads, segments, heads) of a part, in log2 units
@@ -27,6 +27,7 @@ struct Workspace {
 
     int words;
     int tiles;
+    int chunks;
     int segments;
     int heads;  // of a key head, rounded up: see workspace.h
 };
@@ -43,7 +44,16 @@ struct KernelParams {
     float scale_log2;
 };
 
-CUTLASS_DEVICE int segments_of(int length) { return max(1, ceil_div(length, kSegmentBlocks * kDecodeBlock)); }
+// Blocks of a chunk of a row that has `blocks`.
+CUTLASS_DEVICE int blocks_of_chunk(int blocks, int chunk) { return min(kChunkBlocks, blocks - chunk * kChunkBlocks); }
+
+// In how many parts what is visited of a chunk is cut, all of about the same size. `blocks`: of the chunk.
+CUTLASS_DEVICE int parts_of(int visits, int blocks) {
+    return min(ceil_div(visits, kPartBlocks), ceil_div(blocks, kSegmentBlocks));
+}
+
+// Where one of them begins.
+CUTLASS_DEVICE int part_begin(int visits, int number, int parts) { return visits / parts * number + min(visits % parts, number); }
 
 // The query heads of a row's key head.
 template <class Element>
@@ -86,15 +96,6 @@ struct LogSum {
     }
     CUTLASS_DEVICE float log2() const { return largest + log2f(sum); }
 };
-
-// Log2 of the sum of a row's key head over its parts, for the query head lane % heads. `values`: (parts, heads). Runs in a warp.
-CUTLASS_DEVICE float sum_parts(float const* values, int parts, int heads) {
-    LogSum sum;
-#pragma unroll 8
-    for (int i = threadIdx.x % kWarp; i < parts * heads; i += kWarp) { sum.add(values[i]); }
-    sum.join_lanes(heads, kWarp);
-    return sum.log2();
-}
 
 // What a call wants of a row. All of it is asked for at once: each takes long to come.
 struct RowOptions {
