@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from typing import Literal, TypeVar
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lite_attention import LiteAttention
+from lite_attention.options import LEARNING_STEPS
 from lite_attention.ranges import Range
 
 MAX_GAP = 4
@@ -16,6 +18,9 @@ MAX_GAP = 4
 
 TextAt = Literal["none", "start", "end"]
 """Where the tokens of the prompt stand among those of the picture or video."""
+
+Phase = Literal["dense", "learn", "skip"]
+"""What a step does: visits everything without trace; does so and decides what the next step skips; skips."""
 
 Key = TypeVar("Key", bound=Hashable)
 Layer = TypeVar("Layer", bound=LiteAttention)
@@ -33,6 +38,17 @@ def risen(threshold: Thresholds, rise: float, step: int, steps: int, relative: b
     if relative:
         return now
     return now.clamp(max=0.0) if isinstance(now, Tensor) else min(now, 0.0)
+
+
+def phase(step: int, steps: int | None, warmup_steps: int, cooldown_steps: int) -> Phase:
+    """What a step, counted from 0, of a generation of so many does; where None says how many, nothing cools down.
+
+    The last steps of a warm-up learn if steps that skip follow, so that the first of these skips already.
+    """
+    end = math.inf if steps is None else steps - cooldown_steps
+    if step >= end or warmup_steps >= end or step < warmup_steps - LEARNING_STEPS:
+        return "dense"
+    return "skip" if step >= warmup_steps else "learn"
 
 
 def state_at(states: dict[Key, tuple[Layer, int]], key: Key, step: int, make: Callable[[], Layer]) -> Layer:

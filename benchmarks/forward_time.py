@@ -10,7 +10,8 @@ Groups:
     tracking  deciding in every visited block while nothing is cleared: what the rules cost
     sparse    a share of the blocks skipped, chosen one by one or in runs of 8; the mask stays as it is
     skewed    as sparse, but some rows of the mask keep many times what others do
-    summaries what it costs that summaries stand in for skipped blocks, against leaving them out; making them alone
+    summaries what it costs that summaries stand in for skipped blocks, against leaving them out, where all of them come
+              back in the next step and where none does, as in a settled sequence of steps; making them alone
 
 Examples:
     python -m benchmarks.forward_time                          # everything, about two minutes on an H100
@@ -44,7 +45,10 @@ SHARES = (0.2, 0.4, 0.6, 0.8, 0.9)
 RUNS = (1, 8)
 SKEWED_SHARES = (0.4, 0.6, 0.9)
 SUMMARIZED_SHARES = (0.0, 0.5, 0.9)
-RULES: tuple[Rule, ...] = ("mass", "mass_summaries")  # without and with summaries
+COMES_BACK = {
+    "everything": NEVER,
+    "nothing": -2.0,
+}  # thresholds that a skipped block passes by its summary, or does not
 DTYPE = torch.bfloat16
 
 Call = Callable[[], Any]
@@ -84,7 +88,8 @@ GROUPS = {
         *LONG,
         *(workload._replace(head_dim=64) for workload in LONG),
         *(Workload(16384, 12, head_dim) for head_dim in (96, 192, 256)),
-        Workload(16384, 24, 128, causal=True),
+        Workload(12544, 6, 64),
+        *(Workload(tokens, heads, 128, causal=True) for tokens, heads in ((16384, 24), (8192, 16), (2048, 32))),
         Workload(16384, 24, 128, spread=4),
         Workload(1024, 64, 128, batch=4),
     ],
@@ -114,14 +119,15 @@ def dense_call(inputs: tuple[Tensor, Tensor, Tensor], causal: bool = False) -> C
     return lambda: ops.forward(*inputs, None, None, None, None, None, scale, causal, "running_max")
 
 
-def tracking_call(inputs: tuple[Tensor, Tensor, Tensor], mask: Tensor, rule: Rule) -> Call:
-    """A call that visits what ``mask`` says and clears nothing; a rule that has a state has that of a former step."""
+def tracking_call(inputs: tuple[Tensor, Tensor, Tensor], mask: Tensor, rule: Rule, threshold: float = NEVER) -> Call:
+    """A call that visits what ``mask`` says and clears what passes ``threshold``; a rule that has a state has that of a
+    former step."""
     query = inputs[0]
     batch, tokens, heads, head_dim = query.shape
     lse_state = None
     if needs_lse(rule):
         lse_state = torch.full((batch, heads, tokens), math.inf, dtype=torch.float32, device=query.device)
-    thresholds = torch.full((batch,), NEVER, device=query.device)
+    thresholds = torch.full((batch,), threshold, device=query.device)
 
     def call() -> Any:
         return ops.forward(*inputs, mask, lse_state, thresholds, None, None, head_dim**-0.5, False, rule)
@@ -130,10 +136,10 @@ def tracking_call(inputs: tuple[Tensor, Tensor, Tensor], mask: Tensor, rule: Rul
     return call
 
 
-def restoring_call(inputs: tuple[Tensor, Tensor, Tensor], mask: Tensor, rule: Rule) -> Call:
+def restoring_call(inputs: tuple[Tensor, Tensor, Tensor], mask: Tensor, rule: Rule, threshold: float = NEVER) -> Call:
     """The same with a copy of ``mask`` that is made again before each call: summaries have skipped blocks come back."""
     stepped = mask.clone()
-    call = tracking_call(inputs, stepped, rule)
+    call = tracking_call(inputs, stepped, rule, threshold)
 
     def restored() -> Any:
         stepped.copy_(mask)
@@ -253,18 +259,21 @@ def summaries(workload: Workload, rounds: int) -> list[dict[str, Any]]:
     calls = {"dense": dense_call(inputs), "summaries alone": lambda: summarize_blocks(key, value, None)}
     for share in SUMMARIZED_SHARES:
         mask = random_mask(workload, share, 1)
-        for rule in RULES:
-            calls[f"{share} by {rule}"] = restoring_call(inputs, mask, rule)
+        calls[f"{share} by mass"] = restoring_call(inputs, mask, "mass")
+        for what, threshold in COMES_BACK.items():
+            calls[f"{share}, {what} comes back"] = restoring_call(inputs, mask, "mass_summaries", threshold)
     times = measure(calls, workload, rounds)
     rows = [
         row("summaries", workload, "summaries alone", times, share_of_dense=ratio(times, "summaries alone", "dense"))
     ]
     for share in SUMMARIZED_SHARES:
-        without, name = (f"{share} by {rule}" for rule in RULES)
-        pairs = zip(times[name], times[without], times["dense"], strict=True)
-        cost = statistics.median((a - b) / dense for a, b, dense in pairs)
+        without = f"{share} by mass"
         rows.append(row("summaries", workload, without, times, share=share))
-        rows.append(row("summaries", workload, name, times, share=share, share_of_dense=cost))
+        for what in COMES_BACK:
+            name = f"{share}, {what} comes back"
+            rounds_of = zip(times[name], times[without], times["dense"], strict=True)
+            cost = statistics.median((a - b) / dense for a, b, dense in rounds_of)
+            rows.append(row("summaries", workload, name, times, share=share, comes_back=what, share_of_dense=cost))
     return rows
 
 

@@ -106,6 +106,7 @@ CASES: dict[str, tuple[Forward | Decode, ...]] = {
         Forward("dense causal", 640, 650, causal=True),
         Forward("dense ragged, grouped", 129, 333, 2, 4, 2),
         Forward("dense with many keys", 256, 8210, 1, 1, 1),
+        Forward("causal with many keys", 256, 8400, 1, 1, 1, causal=True),
         Forward("running_max", rule="running_max"),
         Forward("mass", rule="mass"),
         Forward("running_max causal, ragged", 200, 333, rule="running_max", causal=True),

@@ -19,6 +19,7 @@ from benchmarks.quality.video.tables import (
     video_lengths,
     video_measures,
     video_quality,
+    video_recommended,
     video_rules,
     video_tries,
 )
@@ -197,13 +198,20 @@ def forward_skewed(result: dict[str, Any]) -> str:
 
 def forward_summaries(result: dict[str, Any]) -> str:
     return table(
-        ["head size", "tokens × heads", "blocks skipped", "`mass_summaries`, ms", "of dense, more than `mass`"],
+        ["head size", "tokens × heads", "blocks skipped", "comes back", "`mass_summaries`, ms", "more than `mass`"],
         (
-            [*_shape(row), f"{row['share']:.0%}", f"{row['milliseconds']:.2f}", f"{row['share_of_dense']:.1%}"]
+            [
+                *_shape(row),
+                f"{row['share']:.0%}",
+                row["comes_back"],
+                f"{row['milliseconds']:.2f}",
+                f"{row['share_of_dense']:.1%}",
+            ]
             for row in result["rows"]
-            if row["call"].endswith("mass_summaries")
+            if "comes_back" in row
         ),
-        "What it costs that summaries stand in for skipped blocks, as a share of the time of dense attention "
+        "What it costs that summaries stand in for skipped blocks, as a share of the time of dense attention; where "
+        "everything comes back in the next step, and where nothing does, as in a settled sequence of steps "
         f"({result['setup']['dtype']} on one {result['machine']['processor']}, `benchmarks/forward_time.py`):",
     )
 
@@ -251,6 +259,7 @@ RESULTS: dict[Callable[..., str], tuple[str, ...]] = {
     video_rules: ("video_quality",),
     video_quality: ("video_quality",),
     video_measures: ("video_quality",),
+    video_recommended: ("video_quality",),
     video_tries: ("video_quality_tries", "video_quality_tries_8"),
     video_lengths: ("video_quality_tries", "video_quality_tries_8"),
     video_calibration: ("video_calibration",),

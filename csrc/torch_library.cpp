@@ -23,7 +23,7 @@ using torch::stable::Tensor;
 constexpr char const* kForwardSchema =
     "forward_sm90(Tensor query, Tensor key, Tensor value, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) schedule, "
     "Tensor(d!)? mask, Tensor(e!)? lse_state, Tensor? thresholds, Tensor? must_visit, Tensor? must_skip, "
-    "Tensor(f!)? summaries, Tensor(g!)? skipped, float scale, bool causal, int rule) -> ()";
+    "Tensor(f!)? visited, Tensor(g!)? summaries, Tensor(h!)? skipped, float scale, bool causal, int rule) -> ()";
 constexpr char const* kSummarizeBlocksSchema =
     "summarize_blocks_sm90(Tensor key, Tensor value, Tensor? must_skip, Tensor(a!) summaries) -> ()";
 constexpr char const* kSummarizeSchema =
@@ -88,6 +88,7 @@ void forward_sm90(
     std::optional<Tensor> const& thresholds,
     std::optional<Tensor> const& must_visit,
     std::optional<Tensor> const& must_skip,
+    std::optional<Tensor> const& visited,
     std::optional<Tensor> const& summaries,
     std::optional<Tensor> const& skipped,
     double scale,
@@ -114,6 +115,7 @@ void forward_sm90(
     params.thresholds = data<float>(thresholds);
     params.must_visit = data<int32_t>(must_visit);
     params.must_skip = data<int32_t>(must_skip);
+    params.visited = data<int64_t>(visited);
     params.summaries = summaries ? summaries->data_ptr() : nullptr;
     params.skipped = data<int32_t>(skipped);
     params.batch = static_cast<int>(query.size(0));

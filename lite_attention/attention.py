@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lite_attention import ops
 from lite_attention.costs import Meter, Shape
 from lite_attention.options import (
+    LEARNING_STEPS,
     Rule,
     check_heads,
     check_refresh_interval,
@@ -106,7 +107,7 @@ class LiteAttention(nn.Module):
         self._state: SkipState | None = None
         self._state_key: tuple[object, ...] = ()
         self._steps = 0
-        self._sparsity: Tensor | float | None = None
+        self._visited: tuple[Tensor, int] | float | None = None  # pairs of the last call, of so many; 0.0: dense
         self._forced_key: tuple[object, ...] = ()
         self._forced: tuple[Tensor | None, Tensor | None] = (None, None)
         self.meter: Meter | None = None
@@ -146,6 +147,7 @@ class LiteAttention(nn.Module):
         scale: float | None = None,
         *,
         return_softmax_lse: bool = False,
+        visit_all: bool = False,
         must_do_list: Sequence[int] | None = None,
         must_skip_list: Sequence[int] | None = None,
         must_visit: Ranges = None,
@@ -159,6 +161,8 @@ class LiteAttention(nn.Module):
             value: shape of ``key``.
             scale: factor of q·k; None for ``head_dim ** -0.5``.
             return_softmax_lse: whether to return the log-sum-exp as well.
+            visit_all: whether to visit every block, but for ``must_skip``, and decide all the same what the next step
+                visits: at the end of a warm-up, whose last `LEARNING_STEPS` steps are enough.
             must_do_list: ``must_visit`` in a published flat format, ``[start_0, end_0, start_1, end_1,
                 ...]``, descending or ascending.
             must_skip_list: ``must_skip`` in that format.
@@ -188,10 +192,10 @@ class LiteAttention(nn.Module):
         scale = query.shape[3] ** -0.5 if scale is None else scale
         if reason := ops.unsupported("forward", query):
             _warn_dense(reason)
-            self._sparsity = 0.0
+            self._visited = 0.0
             out = _dense(query, key, value, scale)
             return (out, _dense_lse(query, key, scale)) if return_softmax_lse else out
-        out, lse = self._attend(query, key, value, scale, *forced)
+        out, lse = self._attend(query, key, value, scale, visit_all, *forced)
         return (out, lse) if return_softmax_lse else out
 
     def set_threshold(self, threshold: Threshold) -> None:
@@ -200,7 +204,7 @@ class LiteAttention(nn.Module):
         Args:
             threshold: a number; or a tensor (batch,), list or tuple with one for each sequence of the batch; or, by
                 the step from which on it holds, a number each: ``{0: -12, 10: -8}``. Steps before the first of these
-                are dense.
+                are dense. Of dense steps, the last `LEARNING_STEPS` before one that skips decide what that visits.
 
         Raises:
             TypeError, ValueError: it is something else, NaN or +inf.
@@ -226,7 +230,7 @@ class LiteAttention(nn.Module):
     def reset_skip_state(self) -> None:
         """Forget the skip state, as between two videos: the next step visits every block."""
         self._steps = self.step = 0
-        self._sparsity = None
+        self._visited = None
         if self._state is not None:
             self._state.reset()
 
@@ -238,12 +242,16 @@ class LiteAttention(nn.Module):
     @property
     def sparsity(self) -> float | None:
         """Share of (tile, block) pairs that the last call skipped: 0 if dense, None before any call."""
-        return None if self._sparsity is None else float(self._sparsity)
+        share = self.sparsity_tensor
+        return None if share is None else float(share)
 
     @property
     def sparsity_tensor(self) -> Tensor | float | None:
         """As ``sparsity``, without waiting for the device: a scalar tensor where it has to be waited for."""
-        return self._sparsity
+        if not isinstance(self._visited, tuple):
+            return self._visited
+        visited, pairs = self._visited
+        return 1.0 - visited.double() / pairs
 
     def extra_repr(self) -> str:
         """Options, for ``print``."""
@@ -256,15 +264,16 @@ class LiteAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         scale: float,
+        visit_all: bool,
         must_visit: Tensor | None,
         must_skip: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         if self.enable_skipping and self.threshold is None:
             raise RuntimeError("LiteAttention has no threshold: expected set_threshold(...) before the first call")
-        threshold = self._threshold_now(query, key)
+        threshold, learns = self._threshold_now(query, key)
         self.step += 1
         if not self.enable_skipping or (isinstance(threshold, float) and threshold == -math.inf):
-            self._sparsity = 0.0
+            self._visited = 0.0
             return ops.forward(query, key, value, None, None, None, None, None, scale, False, self.rule)
         shape = Shape(tokens=key.shape[1], heads=query.shape[2], head_dim=query.shape[3])
         if self._calibration is not None and shape != self._calibration.shape:
@@ -273,17 +282,16 @@ class LiteAttention(nn.Module):
             )
         thresholds = self._thresholds(threshold, query, key)
         state = self._state_for(query, key)
-        if self.refresh_interval and self._steps % self.refresh_interval == 0:
+        learns = learns or visit_all
+        if learns:
+            self._steps = 0
+        if learns or (self.refresh_interval and self._steps % self.refresh_interval == 0):
             state.refresh()
         elif self.dense_heads:
             state.refresh(self._checked_heads(query.shape[2]))
         self._steps += 1
-        pairs = state.mask.shape[1] * state.mask.shape[2] * state.blocks
-        visited = state.pairs_to_visit(must_visit, must_skip)
-        if isinstance(threshold, Tensor):
-            visited = visited.masked_fill(thresholds == -math.inf, pairs)
-        of_batch = pairs * len(visited)
-        self._sparsity = 1.0 - visited.sum(dtype=torch.float64) / of_batch if of_batch else 0.0
+        visited = torch.empty((), dtype=torch.int64, device=query.device)
+        self._visited = (visited, state.pairs) if state.pairs else 0.0
         before = state.mask.clone() if self.meter is not None and self.rule == "mass_summaries" else None
         out, lse = ops.forward(
             query,
@@ -297,23 +305,33 @@ class LiteAttention(nn.Module):
             scale,
             False,
             self.rule,
+            pairs_visited=visited,
         )
-        if self.meter is not None:
+        if self.meter is not None and not learns:
             dense = ops.forward(query, key, value, None, None, None, None, None, scale, False, self.rule)
             visited_lse = lse
             if before is not None:
                 visited_lse = ops.visited_lse(query, key, value, before, thresholds, must_visit, must_skip, scale)
-            self.meter.add(out, visited_lse, *dense, self._sparsity, shape)
+            share = self.sparsity_tensor
+            assert share is not None
+            self.meter.add(out, visited_lse, *dense, share, shape)
         return out, lse
 
-    def _threshold_now(self, query: Tensor, key: Tensor) -> float | Tensor | None:
-        """The threshold of this step."""
+    def _threshold_now(self, query: Tensor, key: Tensor) -> tuple[float | Tensor | None, bool]:
+        """The threshold of this step, and whether this is a dense one from which the first that skips learns."""
         if not isinstance(self.threshold, dict):
-            return self.threshold
+            return self.threshold, False
         if self.enable_skipping and self._state is not None and self._state_key != _state_key(query, key):
             self._state, self.step = None, 0  # another video
-        begun = [threshold for step, threshold in self.threshold.items() if step <= self.step]
-        return begun[-1] if begun else -math.inf
+        schedule = self.threshold
+
+        def threshold_at(step: int) -> float:
+            begun = [threshold for first, threshold in schedule.items() if first <= step]
+            return begun[-1] if begun else -math.inf
+
+        coming = [threshold_at(self.step + ahead) for ahead in range(LEARNING_STEPS + 1)]
+        threshold = next((threshold for threshold in coming if threshold > -math.inf), -math.inf)
+        return threshold, coming[0] == -math.inf
 
     def _thresholds(self, threshold: float | Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         """One for each sequence of the batch, relative to 1."""
@@ -321,7 +339,7 @@ class LiteAttention(nn.Module):
         if not isinstance(threshold, Tensor):
             number = threshold or 0.0
             number = from_relative(number, keys) if self.relative else number
-            return torch.full((batch,), number, dtype=torch.float32, device=query.device)
+            return _filled(number, batch, query.device)
         if len(threshold) != batch:
             raise ValueError(f"threshold: expected one for each of {batch} sequences, got {len(threshold)}")
         self.threshold = threshold.to(query.device)
@@ -418,6 +436,7 @@ class SeqParallelLiteAttention(nn.Module):
         scale: float | None = None,
         *,
         return_softmax_lse: bool = True,
+        visit_all: bool = False,
         must_do_list: Sequence[int] | None = None,
         must_skip_list: Sequence[int] | None = None,
         must_visit: Ranges = None,
@@ -425,8 +444,8 @@ class SeqParallelLiteAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Attention to one split of keys and values, number ``split_idx`` (not the index of the GPU).
 
-        Ranges are tokens of the split. ``return_softmax_lse`` is accepted for published code and must be
-        True.
+        Ranges are tokens of the split; ``visit_all`` as in `LiteAttention.forward`. ``return_softmax_lse`` is accepted
+        for published code and must be True.
 
         Returns:
             Output, shape and dtype of ``query``, and log-sum-exp, float32 (batch, heads, tokens_q), natural
@@ -451,6 +470,7 @@ class SeqParallelLiteAttention(nn.Module):
                 value,
                 scale,
                 return_softmax_lse=True,
+                visit_all=visit_all,
                 must_do_list=must_do_list,
                 must_skip_list=must_skip_list,
                 must_visit=must_visit,
@@ -521,6 +541,19 @@ def from_relative(threshold: Numbers, keys: int) -> Numbers:
     if isinstance(threshold, Tensor):
         return (threshold.double() + uniform).clamp(max=0.0).float()
     return min(threshold + uniform, 0.0)
+
+
+def _filled(number: float, batch: int, device: torch.device) -> Tensor:
+    """Float32 (batch,), not to be written: on GPUs one for all calls with this number on the same stream."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.full((batch,), number, dtype=torch.float32, device=device)
+    return _kept(number, batch, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept(number: float, batch: int, device: torch.device, _stream: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((batch,), number, dtype=torch.float32, device=device)
 
 
 def _state_key(query: Tensor, key: Tensor) -> tuple[object, ...]:

@@ -24,6 +24,8 @@ def forward(
     scale: float,
     causal: bool,
     rule: Rule,
+    *,
+    pairs_visited: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Arguments, results and meaning as `lite_attention.reference.forward`; float32, bfloat16 and float16."""
     batch, tokens_q, heads, _ = query.shape
@@ -38,6 +40,7 @@ def forward(
     log2_counts = (tokens_k - positions[: blocks * BLOCK_K : BLOCK_K]).clamp(max=BLOCK_K).log2()
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty((batch, heads, tokens_q), dtype=torch.float32, device=query.device)
+    pairs = 0
 
     for row in range(batch):
         threshold = -math.inf if thresholds is None else float(thresholds[row])
@@ -58,6 +61,7 @@ def forward(
                     visited = positions[:reach]
                 else:
                     visited = _blocks_to_visit(bits[tile, :reach], forced[:reach], allowed[:reach])
+                pairs += len(visited)
 
                 queries = query[row, rows, head].float() * (scale * LOG2_E)
                 tile_out, lse2, block_max, block_mass = _attend(
@@ -91,6 +95,8 @@ def forward(
                     bits[tile, judged] = kept
             if head_mask is not None and bits is not None:
                 head_mask.copy_(pack_bits(bits))
+    if pairs_visited is not None:
+        pairs_visited.fill_(pairs)
     return out, lse
 
 

@@ -41,6 +41,8 @@ def forward(
     scale: float,
     causal: bool,
     rule: Rule,
+    *,
+    pairs_visited: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Arguments, results and meaning as `lite_attention.reference.forward`; bfloat16 and float16.
 
@@ -64,9 +66,11 @@ def forward(
         query, scale = (-query, -scale) if scale < 0 else (query * scale, 1.0)
     query, key, value = (_readable(tensor) for tensor in (query, key, value))
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    # One allocation for two: behind the results three counters, and the order and what each row of the mask visits.
+    if pairs_visited is not None and mask is not None and not mask.numel():
+        pairs_visited.zero_()  # an empty mask has no address, so the kernels take the call for a dense one
+    # One allocation for two: behind the results a counter, and the order and what each row of the mask visits.
     rows = batch * heads * tokens_q
-    schedule_words = 3 if mask is None else 3 + 2 * mask.shape[:3].numel()
+    schedule_words = 1 if mask is None else 1 + 2 * mask.shape[:3].numel()
     words = torch.empty(rows + schedule_words, dtype=torch.float32, device=query.device)
     lse, schedule = words[:rows].view(batch, heads, tokens_q), words[rows:].view(torch.int32)
     mask_rows, lse_rows = _contiguous_rows(mask), _contiguous_rows(lse_state)
@@ -88,6 +92,7 @@ def forward(
         _contiguous_rows(thresholds),
         must_visit,
         must_skip,
+        pairs_visited,
         summaries,
         skipped,
         scale,

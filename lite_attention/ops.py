@@ -13,8 +13,8 @@ from lite_attention.tiles import BLOCK_K, DECODE_BLOCK, TILE_Q, ceil_div, mask_w
 
 FORWARD_SCHEMA = (
     "forward(Tensor query, Tensor key, Tensor value, Tensor(a!)? mask, Tensor(b!)? lse_state, "
-    "Tensor? thresholds, Tensor? must_visit, Tensor? must_skip, float scale, bool causal, str rule) "
-    "-> (Tensor out, Tensor lse)"
+    "Tensor? thresholds, Tensor? must_visit, Tensor? must_skip, float scale, bool causal, str rule, *, "
+    "Tensor(c!)? pairs_visited=None) -> (Tensor out, Tensor lse)"
 )
 
 SUMMARIZE_SCHEMA = "summarize(Tensor key_cache, Tensor slot_mapping, Tensor(a!) summaries) -> ()"
@@ -86,6 +86,7 @@ def check_forward(
     must_skip: Tensor | None,
     causal: bool,
     rule: str,
+    pairs_visited: Tensor | None = None,
 ) -> None:
     """Check the arguments of `lite_attention.reference.forward`.
 
@@ -102,6 +103,7 @@ def check_forward(
         "thresholds": thresholds,
         "must_visit": must_visit,
         "must_skip": must_skip,
+        "pairs_visited": pairs_visited,
     }
     if mask is None:
         for name, tensor in state.items():
@@ -122,6 +124,8 @@ def check_forward(
         _check("must_visit", must_visit, (words,), torch.int32, query.device)
     if must_skip is not None:
         _check("must_skip", must_skip, (words,), torch.int32, query.device)
+    if pairs_visited is not None:
+        _check("pairs_visited", pairs_visited, (), torch.int64, query.device)
 
 
 def forward(
@@ -136,6 +140,8 @@ def forward(
     scale: float,
     causal: bool,
     rule: str,
+    *,
+    pairs_visited: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Call ``lite_attention::forward``; arguments, results and meaning as `lite_attention.reference.forward`.
 
@@ -146,7 +152,18 @@ def forward(
     return cast(
         tuple[Tensor, Tensor],
         torch.ops.lite_attention.forward(
-            query, key, value, mask, lse_state, thresholds, must_visit, must_skip, scale, causal, rule
+            query,
+            key,
+            value,
+            mask,
+            lse_state,
+            thresholds,
+            must_visit,
+            must_skip,
+            scale,
+            causal,
+            rule,
+            pairs_visited=pairs_visited,
         ),
     )
 
@@ -181,15 +198,15 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 def _checked(implementation: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     """An implementation of ``forward`` behind the checks that are the same for all."""
 
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(*arguments: Any, pairs_visited: Tensor | None = None) -> tuple[Tensor, Tensor]:
         *checked, _scale, causal, rule = arguments
-        check_forward(*(*checked, causal, rule))
-        return implementation(*arguments)
+        check_forward(*(*checked, causal, rule, pairs_visited))
+        return implementation(*arguments, pairs_visited=pairs_visited)
 
     return forward
 
 
-def _forward_fake(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _forward_fake(query: Tensor, *_: object, pairs_visited: Tensor | None = None) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, _head_dim = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     return out, torch.empty((batch, heads, tokens), dtype=torch.float32, device=query.device)

@@ -21,6 +21,10 @@ RELATIVE_THRESHOLD = -1.0
 """Where to begin with thresholds that are relative to 1 / blocks."""
 
 
+LEARNING_STEPS = 2
+"""Steps that visit everything before one can skip: the rules learn what a row weighs, then what a block does."""
+
+
 def needs_lse(rule: Rule) -> bool:
     """Whether the rule compares with the log-sum-exp of the step before, which the state then keeps."""
     return rule != "running_max"

@@ -32,21 +32,9 @@ def unpack_bits(words: Tensor, blocks: int) -> Tensor:
     return ((words.unsqueeze(-1) >> positions) & 1).flatten(-2)[..., :blocks].bool()
 
 
-def octet_counts(device: torch.device | str | None = None) -> Tensor:
-    """Number of bits that are 1 in each octet from 0 to 255, uint8 (256,)."""
-    octets = torch.arange(256, dtype=torch.int32, device=device)
-    return unpack_bits(octets[:, None], 8).sum(-1, dtype=torch.uint8)
-
-
-def count_bits(words: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Number of bits that are 1 in each row of ``words``: int32 (..., words) to int64 (...).
-
-    ``counts`` are `octet_counts` on its device: whoever counts again and again keeps them.
-    """
-    if counts is None:
-        counts = octet_counts(words.device)
-    octets = words.reshape(-1).view(torch.uint8)
-    return counts.index_select(0, octets.int()).view(*words.shape[:-1], words.shape[-1] * 4).sum(-1)
+def count_bits(words: Tensor) -> Tensor:
+    """Number of bits that are 1 in each row of ``words``: int32 (..., words) to int64 (...)."""
+    return unpack_bits(words, words.shape[-1] * WORD_BITS).sum(-1)
 
 
 def all_blocks(blocks: int, device: torch.device | str | None = None) -> Tensor:

@@ -90,6 +90,8 @@ def forward(
     causal: bool,
     rule: Rule,
     summaries: BlockSummaries | None = None,
+    *,
+    pairs_visited: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one step, visiting what ``mask`` says and clearing in it what the next step may skip.
 
@@ -128,6 +130,8 @@ def forward(
         rule: when a block is cleared.
         summaries: as `summarize_blocks` gives them, which ``mass_summaries`` calls where this is None. Give those of
             the operator's inputs where these here are of a wider type.
+        pairs_visited: int64 (), written: number of (tile, block) pairs that are visited, of all sequences and heads.
+            Only beside ``mask``.
 
     Returns:
         Output, shape and type of ``query``, 0 for a query that attends no key; and LSE of the visited scores and of
@@ -144,6 +148,7 @@ def forward(
     lse = torch.full((batch, heads, tokens_q), -math.inf, dtype=dtype, device=query.device)
     if rule == "mass_summaries" and mask is not None and summaries is None:
         summaries = summarize_blocks(key, value)
+    pairs = 0
 
     for row in range(batch):
         threshold = float(thresholds[row]) if mask is not None and thresholds is not None else -math.inf
@@ -160,6 +165,7 @@ def forward(
                     bits = unpack_bits(mask[row, head, tile], blocks).tolist()
                     allowed = [block for block in in_reach if not forbidden[block]]
                     visited = [block for block in allowed if bits[block] or forced[block]] or allowed
+                pairs += len(visited)
 
                 # What takes part: scores and values of the keys of a visited block, or one of each for a summary.
                 tile_query = query[row, queries, head].to(dtype) * (scale * LOG2_E)
@@ -193,6 +199,8 @@ def forward(
                     for block in in_reach:
                         bits[block] = block in kept
                     mask[row, head, tile] = pack_bits(torch.tensor(bits, device=mask.device))
+    if pairs_visited is not None:
+        pairs_visited.fill_(pairs)
     return out, lse
 
 

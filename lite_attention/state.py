@@ -12,7 +12,6 @@ from lite_attention.ranges import (
     block_ranges,
     check_ranges,
     count_bits,
-    octet_counts,
     pack_bits,
     touched_blocks,
     unpack_bits,
@@ -46,7 +45,6 @@ class SkipState:
         self.rule = check_rule(rule)
         tiles = ceil_div(tokens_q, TILE_Q)
         self._fresh_words = all_blocks(self.blocks, device)
-        self._octet_counts = octet_counts(device)
         self.mask = self._fresh_words.repeat(slots, heads, tiles, 1)
         self.lse: Tensor | None = None
         if needs_lse(self.rule):
@@ -87,6 +85,11 @@ class SkipState:
         """Number of key blocks."""
         return ceil_div(self.tokens_k, BLOCK_K)
 
+    @property
+    def pairs(self) -> int:
+        """Number of (tile, block) pairs, of all slots and heads."""
+        return self.mask.shape[:3].numel() * self.blocks
+
     def to_ranges(self) -> list[list[list[list[Range]]]]:
         """Token ranges ``(start, end)`` visited by each ``[slot][head][tile]``, in natural order."""
         bits = unpack_bits(self.mask, self.blocks).tolist()
@@ -96,7 +99,7 @@ class SkipState:
         """Share of (tile, block) pairs that are not visited, 0 to 1: of one slot, or of all."""
         mask = self.mask if slot is None else self.mask[slot]
         pairs = mask[..., 0].numel() * self.blocks if self.blocks else 0
-        return 1.0 - int(count_bits(mask, self._octet_counts).sum()) / pairs if pairs else 0.0
+        return 1.0 - int(count_bits(mask).sum()) / pairs if pairs else 0.0
 
     def memory_bytes(self) -> int:
         """Bytes of the mask and, where the rule needs it, of the log-sum-exp."""
@@ -112,14 +115,3 @@ class SkipState:
     def refresh(self, heads: Sequence[int] | None = None) -> None:
         """Let the next pass visit every block, of some heads or of all, and keep the log-sum-exp."""
         self.mask[:, slice(None) if heads is None else heads] = self._fresh_words
-
-    def pairs_to_visit(self, must_visit: Tensor | None = None, must_skip: Tensor | None = None) -> Tensor:
-        """Number of (tile, block) pairs that the next pass visits, int64 (slots,), on the state's device.
-
-        Forced ranges are int32 (words,), as in `lite_attention.reference.forward`. Not for a causal pass.
-        """
-        allowed = self._fresh_words if must_skip is None else self._fresh_words & ~must_skip
-        words = (self.mask if must_visit is None else self.mask | must_visit) & allowed
-        pairs = count_bits(words, self._octet_counts)
-        everything = self.blocks if must_skip is None else count_bits(allowed, self._octet_counts)
-        return torch.where(pairs > 0, pairs, everything).sum((1, 2))

@@ -153,9 +153,10 @@ class RequestOptions(SkipOptions):
 class DenoiseOptions(SkipOptions):
     """How one generation of a diffusion model skips; steps are denoising steps.
 
-    The last `cooldown_steps` are dense, as the first `warmup_steps` are. `threshold` is that of the first step, the
-    strictest; it rises evenly over the steps, by `threshold_rise` up to the last one, but never above 0 (relative to 1,
-    also on servers whose thresholds are relative to 1 / blocks).
+    The first `warmup_steps` visit everything, the last two of them to decide what the next step skips, and the last
+    `cooldown_steps` are dense. `threshold` is that of the first step, the strictest; it rises evenly over the steps, by
+    `threshold_rise` up to the last one, but never above 0 (relative to 1, also on servers whose thresholds are relative
+    to 1 / blocks).
     """
 
     cooldown_steps: Steps = 0

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lite_attention import LiteAttention
 from lite_attention.attention import Threshold
-from lite_attention.backend.denoising import risen, state_at, text_ranges, valid_keys
+from lite_attention.backend.denoising import Phase, phase, risen, state_at, text_ranges, valid_keys
 from lite_attention.backend.diffusers import dispatch
 from lite_attention.backend.diffusers.models import FAMILIES, Family, attentions, family_of
 from lite_attention.calibration import Calibration, Target, find
@@ -72,7 +72,7 @@ def enable(
         relative: whether thresholds are relative to 1 / blocks of keys, see `LiteAttention`. Not with running_max, and
             not beside calibration, whose thresholds are for one length.
         refresh_interval: every so many steps all blocks are visited; 0 or None for never.
-        warmup_steps: so many steps at the beginning are dense.
+        warmup_steps: so many steps at the beginning visit everything; the one after them skips.
         cooldown_steps: so many steps at the end are dense.
         threshold_rise: by how much, log2 of a weight, thresholds rise evenly over the steps of a generation, 0 to 16:
             they hold for the first step, the strictest, and reach 0 at most, relative to 1 also where ``relative``. 0
@@ -318,13 +318,15 @@ class _Layer(ModelHook):
             reason = "attention is causal, drops out or is spread over GPUs"
         elif keys is None:
             reason = "an attention mask hides other keys than the last ones"
-        attention = self._attention(step) if reason is None and self.transformer.skips() else None
+        now = self.transformer.phase()
+        attention = self._attention(step) if reason is None and now != "dense" else None
         if attention is not None and attention.enable_skipping:
             assert keys is not None
             attention.step = step
             transformer = self.transformer
             ranges = text_ranges(transformer.family.text, transformer.text_tokens, key.shape[1], keys)
-            out = attention(query, key[:, :keys], value[:, :keys], scale, must_visit=ranges)
+            learns = now == "learn"
+            out = attention(query, key[:, :keys], value[:, :keys], scale, visit_all=learns, must_visit=ranges)
             self._note(step, attention.sparsity_tensor, attention.skip_state)
             return out
         if reason is not None:
@@ -448,10 +450,10 @@ class _Transformer:
         """Why this transformer cannot skip now; None if it can."""
         return "the pipeline does not say which guidance branch it computes" if self.branch is None else None
 
-    def skips(self) -> bool:
-        """Whether this step is between warm-up and cool-down."""
+    def phase(self) -> Phase:
+        """What this step does, by where it lies between warm-up and cool-down."""
         session = self.session
-        return session.warmup_steps <= self.step < session.total_steps - session.cooldown_steps
+        return phase(self.step, session.total_steps, session.warmup_steps, session.cooldown_steps)
 
     def valid_keys(self, mask: Tensor) -> int | None:
         """How many keys, the first ones, a mask lets every query see; None if it is no such mask.

@@ -22,7 +22,7 @@ from vllm.logger import init_logger
 from vllm_omni.diffusion.forward_context import get_forward_context, is_forward_context_available
 
 from lite_attention import ops
-from lite_attention.backend.denoising import risen, state_at, text_ranges, valid_keys
+from lite_attention.backend.denoising import phase, risen, state_at, text_ranges, valid_keys
 from lite_attention.backend.omni.models import Family, conditioning, family_of
 from lite_attention.backend.omni.pool import PooledAttention, StatePool
 from lite_attention.calibration import Calibration
@@ -227,24 +227,26 @@ class Execution:
             if all(other.refusal is not None for other in self.requests):
                 raise request.refusal
             return layer.dense(query, key, value, mask)
-        total = self._total_steps() if options.cooldown_steps or options.threshold_rise else None
+        counts = options.warmup_steps or options.cooldown_steps or options.threshold_rise
+        total = self._total_steps() if counts else None
         reason = None
         if not keys:
             reason = _HIDES_OTHERS
         elif total is None and (options.cooldown_steps or options.threshold_rise):
             reason = "the pipeline does not say how many steps it takes, which cooldown_steps and threshold_rise need"
-        cooldown = options.cooldown_steps and total is not None and call.step >= total - options.cooldown_steps
-        if reason is not None or not keys or call.step < options.warmup_steps or cooldown:
+        now = phase(call.step, total, options.warmup_steps, options.cooldown_steps)
+        if reason is not None or not keys or now == "dense":
             say_once(reason)
             request.count(query, key.shape[1], 0.0)
             return layer.dense(query, key, value, mask)
         make = functools.partial(request.make, self.pool, layer.name)
         attention = state_at(request.states, (call.branch, layer.number), call.step, make)
-        if total is not None:
+        if total is not None and options.threshold_rise:
             first, rise = request.threshold(layer.name), options.threshold_rise
             attention.threshold = risen(first, rise, call.step, total, request.relative)
         ranges = call.text_ranges(key.shape[1], keys)
-        out: Tensor = attention(query, key[:, :keys], value[:, :keys], layer.scale, must_visit=ranges)
+        key, value, learns = key[:, :keys], value[:, :keys], now == "learn"
+        out: Tensor = attention(query, key, value, layer.scale, visit_all=learns, must_visit=ranges)
         request.count(query, keys, attention.sparsity_tensor)
         return out
 

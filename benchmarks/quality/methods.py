@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from lite_attention import LiteAttention, ops
-from lite_attention.backend.denoising import risen
+from lite_attention.backend.denoising import Phase, phase, risen
 from lite_attention.options import Rule
 from lite_attention.reference import LOG2_E, SUMMARY_BEND, spread
 from lite_attention.tiles import BLOCK_K, TILE_Q, ceil_div
@@ -43,8 +43,8 @@ class Attention(Protocol):
     sparsity: Tensor
     dropped: Tensor
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, skip: bool = True) -> Tensor:
-        """Attention of a step, (batch, tokens, heads, head_dim) each; dense and without trace where not ``skip``."""
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, phase: Phase = "skip") -> Tensor:
+        """Attention of a step, (batch, tokens, heads, head_dim) each."""
         ...
 
     def milliseconds(self) -> float | None:
@@ -93,7 +93,7 @@ class DenseAttention:
         self.sparsity = self.dropped = torch.zeros(())
         self._stopwatch = Stopwatch()
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, skip: bool = True) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, phase: Phase = "skip") -> Tensor:
         return self._stopwatch(lambda: dense_attention(query, key, value), query.device)
 
     def milliseconds(self) -> float | None:
@@ -115,13 +115,13 @@ class ProductAttention:
         self._dense = LiteAttention(-math.inf)
         self._stopwatch = Stopwatch()
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, skip: bool = True) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, phase: Phase = "skip") -> Tensor:
         def attend() -> Tensor:
-            return cast(Tensor, self._layer(query, key, value))
+            return cast(Tensor, self._layer(query, key, value, visit_all=phase == "learn"))
 
         state = self._layer.skip_state
         before = None if state is None else state.mask.clone()
-        self._layer.enable_skip_optimization(skip)
+        self._layer.enable_skip_optimization(phase != "dense")
         out = self._stopwatch(attend, query.device)
         self.sparsity = torch.as_tensor(self._layer.sparsity_tensor, dtype=torch.float32)
         self.dropped = torch.zeros((), device=query.device)
@@ -286,23 +286,25 @@ class EmulatedAttention:
         self._statistics: Statistics | None = None
         self._steps = 0
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, skip: bool = True) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, phase: Phase = "skip") -> Tensor:
         policy, grid = self.policy, self.policy.grid
         batch, tokens_q, heads, _ = query.shape
         tiles, blocks = ceil_div(tokens_q, grid.tile_q), ceil_div(key.shape[1], grid.block_k)
         visits = torch.ones(batch, heads, tiles, blocks, dtype=torch.bool, device=query.device)
         first = None
-        if skip and self.visits is not None:
+        if phase == "learn":
+            self._steps = 0
+        if phase == "skip" and self.visits is not None:
             visits = self.visits | self._refreshed(blocks).to(query.device)
             if policy.order == "heaviest" and self._statistics is not None:
                 first = self._statistics.tile_share.argmax(-1)
-        in_pass = policy.in_pass if skip else -math.inf
+        in_pass = policy.in_pass if phase == "skip" else -math.inf
         with torch.autocast(query.device.type, enabled=False):
             step = attend(query, key, value, visits, self.lse, grid, policy.summaries, first, in_pass)
         self.visited = visits
         self.sparsity = 1.0 - (visits.float().mean() + step.used.float().mean()) / 2
         self.dropped = step.dropped.mean()
-        if skip:
+        if phase != "dense":
             self._steps += 1
             self.lse = step.lse
             self._statistics = self._known(step.statistics, visits)
@@ -520,9 +522,9 @@ class Method:
     def __str__(self) -> str:
         return self.name if self.threshold == -math.inf else f"{self.name} {self.threshold:g}"
 
-    def skips(self, step: int, steps: int) -> bool:
-        """Whether this step skips, or is one of the dense ones at either end."""
-        return self.warmup_steps <= step < steps - self.cooldown_steps
+    def phase(self, step: int, steps: int) -> Phase:
+        """What a step does, by where it lies between those at either end."""
+        return phase(step, steps, self.warmup_steps, self.cooldown_steps)
 
 
 class Family(NamedTuple):
@@ -576,15 +578,12 @@ METHODS: dict[str, Family] = {
     "product-mass-summaries": Family(_product("mass_summaries"), (-10, -9, -8, -7)),
     "product-mass-refresh-8": Family(_product("mass", 8), (-9, -8, -7)),
     "product-mass-warmup": Family(_product("mass"), (-9, -8, -7), 5, 2),
-    "product-mass-summaries-warmup": Family(_product("mass_summaries"), (-9, -8, -7), 5, 2),
-    "product-mass-summaries-warmup-3": Family(_product("mass_summaries"), (-9, -8, -7), 3),
-    "product-mass-summaries-rising-2": Family(_product_rising("mass_summaries", 2.0), (-10, -9, -8), 3),
     "product-mass-summaries-rising-4": Family(_product_rising("mass_summaries", 4.0), (-11, -10, -9), 3),
-    "product-mass-summaries-rising-6": Family(_product_rising("mass_summaries", 6.0), (-11, -10, -9), 3),
     "product-mass-rising-2": Family(_product_rising("mass", 2.0), (-9, -8, -7), 3),
     "product-mass-rising-4": Family(_product_rising("mass", 4.0), (-10, -9, -8), 3),
+    "product-mass-rising-4-warmup-5": Family(_product_rising("mass", 4.0), (-10, -9, -8), 5),
+    "product-mass-rising-6": Family(_product_rising("mass", 6.0), (-11, -10, -9), 3),
     "product-running-max-rising-4": Family(_product_rising("running_max", 4.0), (-8, -6, -4), 3),
-    "product-running-max-warmup": Family(_product("running_max"), (-6, -4, -2), 5, 2),
     "running-max-176": Family(_emulated(RunningMax, block_k=176), (-4, -2)),
     "mass-32": Family(_emulated(Mass, block_k=32), (-9, -8)),
     "mass-mean": Family(_emulated(Mass, summaries="mean"), (-8, -7)),

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lite_attention import LiteAttention
-from lite_attention.backend.denoising import risen
+from lite_attention.backend.denoising import phase, risen
+from lite_attention.options import LEARNING_STEPS
 
 thresholds = st.floats(-30, 0)
 rises = st.floats(0, 16)
@@ -56,3 +57,16 @@ def test_rows_rise_each_from_its_own() -> None:
     rows = torch.tensor([-8.0, -1.0, -math.inf])
     assert torch.equal(risen(rows, 4.0, 2, 5), torch.tensor([-6.0, 0.0, -math.inf]))
     assert torch.equal(rows, torch.tensor([-8.0, -1.0, -math.inf]))
+
+
+@given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 12))
+def test_steps_learn_at_the_end_of_a_warm_up_that_something_follows(steps: int, warmup: int, cooldown: int) -> None:
+    phases = [phase(step, steps, warmup, cooldown) for step in range(steps)]
+    skipping = max(steps - warmup - cooldown, 0)
+    learning = min(warmup, LEARNING_STEPS) if skipping else 0
+    dense = warmup - learning
+    assert phases == (["dense"] * dense + ["learn"] * learning + ["skip"] * skipping + ["dense"] * cooldown)[:steps]
+
+
+def test_a_generation_of_unknown_length_does_not_cool_down() -> None:
+    assert [phase(step, None, 3, 2) for step in (0, 1, 2, 3, 1000)] == ["dense", "learn", "learn", "skip", "skip"]

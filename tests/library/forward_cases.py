@@ -146,12 +146,13 @@ def assert_step_agrees(
     summaries = reference.summarize_blocks(inputs[1].cpu(), inputs[2].cpu())
     before = state.to("cpu").copy()
 
+    pairs, pairs_expected = (torch.full((), -1, dtype=torch.int64, device=place) for place in (device, "cpu"))
+
     def expected(shift: float) -> tuple[Tensor, Tensor, State]:
         after = before.copy()
         shifted = torch.tensor(thresholds) + shift
-        out, lse = reference.forward(
-            query, key, value, *after, shifted, must_visit, must_skip, scale, causal, rule, summaries
-        )
+        arguments = (*after, shifted, must_visit, must_skip, scale, causal, rule, summaries)
+        out, lse = reference.forward(query, key, value, *arguments, pairs_visited=pairs_expected)
         return out, lse, after
 
     out_expected, lse_expected, lower = expected(-tolerance.margin)
@@ -165,7 +166,9 @@ def assert_step_agrees(
         scale,
         causal,
         rule,
+        pairs_visited=pairs,
     )
+    assert int(pairs) == int(pairs_expected)
     assert out.dtype == inputs[0].dtype
     assert out.shape == query.shape
     assert out.is_contiguous()

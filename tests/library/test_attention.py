@@ -214,10 +214,58 @@ def test_steps_may_be_left_out_and_begin_anew_with_another_shape() -> None:
     attn(*make_inputs(tokens_q=150))
     assert (sparsity(attn), attn.step) == (0.0, 1)
     attn(*make_inputs(tokens_q=150))
+    assert sparsity(attn) == 0.0
     attn(*make_inputs(tokens_q=150))
-    assert sparsity(attn) == 0.0  # the first of the new state
-    attn(*make_inputs(tokens_q=150))
-    assert sparsity(attn) > 0
+    assert sparsity(attn) > 0  # step 2, what step 1 of the new state cleared
+
+
+@pytest.mark.parametrize("rule", ALL_RULES)
+@pytest.mark.parametrize("threshold", [{3: -5.0}, {0: -math.inf, 3: -5.0}], ids=["left out", "dense"])
+def test_the_first_step_of_a_schedule_skips(rule: reference.Rule, threshold: Threshold) -> None:
+    inputs = make_inputs()
+    by_schedule, by_hand = LiteAttention(threshold, rule=rule), LiteAttention(-5.0, rule=rule)
+    for step in range(6):
+        by_hand.enable_skip_optimization(step > 0)
+        assert torch.equal(by_schedule(*inputs), by_hand(*inputs, visit_all=step < 3))
+        assert sparsity(by_schedule) == sparsity(by_hand)
+        assert (sparsity(by_schedule) > 0) == (step >= 3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(ALL_RULES),
+    st.lists(st.sampled_from(["dense", "learn", "skip"]), min_size=1, max_size=6),
+    st.integers(0, 3),
+    st.integers(0, 2**16),
+)
+def test_whatever_steps_learn_the_state_is_that_of_the_reference(
+    rule: reference.Rule, phases: list[str], refresh: int, seed: int
+) -> None:
+    attn = LiteAttention(-5.0, rule=rule, refresh_interval=refresh)
+    mask, lse_state = all_blocks(6).repeat(1, 2, 2, 1), torch.full((1, 2, 200), math.inf)
+    since_all_were_visited = 0
+    random = torch.Generator().manual_seed(seed)
+    for phase in phases:
+        query, key, value = make_inputs()
+        query = query * (0.5 + torch.rand(1, 200, 2, 1, generator=random))
+        attn.enable_skip_optimization(phase != "dense")
+        out, lse = attn(query, key, value, return_softmax_lse=True, visit_all=phase == "learn")
+        if phase == "dense":
+            assert sparsity(attn) == 0.0
+            torch.testing.assert_close(out.double(), dense(query, key, value), rtol=2e-5, atol=2e-5)
+            continue
+        if phase == "learn" or (refresh and since_all_were_visited % refresh == 0):
+            mask.copy_(all_blocks(6))
+            since_all_were_visited = 0
+        since_all_were_visited += 1
+        pairs = torch.zeros((), dtype=torch.int64)
+        expected = reference.forward(
+            query, key, value, mask, lse_state, torch.tensor([-5.0]), None, None, 0.25, False, rule, pairs_visited=pairs
+        )
+        torch.testing.assert_close(out, expected[0], rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(lse, expected[1])
+        assert attn.skip_state is not None and torch.equal(attn.skip_state.mask, mask)
+        assert sparsity(attn) == pytest.approx(1 - int(pairs) / attn.skip_state.pairs)
 
 
 @pytest.mark.parametrize("rule", ALL_RULES)

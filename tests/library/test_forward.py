@@ -76,23 +76,23 @@ def test_dense_reference_in_float64_is_exact(rule: Rule) -> None:
 @pytest.mark.parametrize("rule", ALL_RULES)
 def test_empty_sequences(implementation: str, tokens_q: int, tokens_k: int, rule: Rule) -> None:
     shape = Shape(tokens_q=tokens_q, tokens_k=tokens_k)
-    state = fresh_state(shape)
-    out, lse = IMPLEMENTATIONS[implementation](
-        *make_inputs(shape), state.mask, state.lse, torch.tensor([-4.0]), None, None, 1.0, False, rule
-    )
+    state, pairs = fresh_state(shape), torch.full((), -1, dtype=torch.int64)
+    arguments = (*make_inputs(shape), state.mask, state.lse, torch.tensor([-4.0]), None, None, 1.0, False, rule)
+    out, lse = IMPLEMENTATIONS[implementation](*arguments, pairs_visited=pairs)
     assert torch.equal(out, torch.zeros(1, tokens_q, 2, 16))
     assert torch.equal(lse, torch.full((1, 2, tokens_q), -math.inf))
+    assert int(pairs) == 0
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_empty_batch(implementation: str) -> None:
     shape = Shape(batch=0)
-    state = fresh_state(shape)
-    out, lse = IMPLEMENTATIONS[implementation](
-        *make_inputs(shape), state.mask, state.lse, torch.zeros(0), None, None, 1.0, False, "mass"
-    )
+    state, pairs = fresh_state(shape), torch.full((), -1, dtype=torch.int64)
+    arguments = (*make_inputs(shape), state.mask, state.lse, torch.zeros(0), None, None, 1.0, False, "mass")
+    out, lse = IMPLEMENTATIONS[implementation](*arguments, pairs_visited=pairs)
     assert out.shape == (0, 200, 2, 16)
     assert lse.shape == (0, 2, 200)
+    assert int(pairs) == 0
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -593,7 +593,14 @@ def test_operator_is_registered_correctly(tracked: str) -> None:
     torch.library.opcheck(
         torch.ops.lite_attention.forward.default,
         (*make_inputs(shape), *optional[tracked], 0.25, False, rule),
+        {"pairs_visited": torch.zeros((), dtype=torch.int64)} if tracked == "forced" else {},
     )
+
+
+def test_only_a_mask_says_what_is_visited() -> None:
+    inputs, pairs = make_inputs(Shape()), torch.zeros((), dtype=torch.int64)
+    with pytest.raises(ValueError, match="pairs_visited: expected None without a mask, got a tensor"):
+        ops.forward(*inputs, None, None, None, None, None, 0.25, False, "mass", pairs_visited=pairs)
 
 
 VALID = {
@@ -608,6 +615,7 @@ VALID = {
     "scale": 1.0,
     "causal": False,
     "rule": "mass",
+    "pairs_visited": torch.zeros((), dtype=torch.int64),
 }
 
 
@@ -656,9 +664,11 @@ VALID = {
         ("rule", "mass_summaries", ValueError, "causal: expected False with rule 'mass_summaries', got True"),
         ("rule", "max", ValueError, "rule: expected 'running_max', 'mass' or 'mass_summaries', got 'max'"),
         ("thresholds", torch.zeros(2, device="meta"), ValueError, "thresholds: expected a tensor on"),
+        ("pairs_visited", torch.zeros(1, dtype=torch.int64), ValueError, r"pairs_visited: expected shape \(\), got"),
+        ("pairs_visited", torch.zeros(()), TypeError, "pairs_visited: expected torch.int64, got torch.float32"),
     ],
 )
 def test_errors_name_the_argument(name: str, value: object, error: type[Exception], message: str) -> None:
     arguments = VALID | {name: value, "causal": value == "mass_summaries"}
     with pytest.raises(error, match=message):
-        torch.ops.lite_attention.forward(*arguments.values())
+        torch.ops.lite_attention.forward(**arguments)

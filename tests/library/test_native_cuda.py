@@ -133,7 +133,7 @@ def test_the_built_library_registers_its_operators() -> None:
     assert handle
     assert cuda.tile_mismatch(ctypes.CDLL(str(cuda.LIBRARY), handle=handle)) is None
     for operator, written in (
-        ("forward_sm90", ["out", "lse", "schedule", "mask", "lse_state", "summaries", "skipped"]),
+        ("forward_sm90", ["out", "lse", "schedule", "mask", "lse_state", "visited", "summaries", "skipped"]),
         ("summarize_blocks_sm90", ["summaries"]),
         ("decode_sm90", ["mask", "out", "lse", "visited", "workspace"]),
         ("summarize_sm90", ["summaries"]),

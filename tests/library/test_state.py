@@ -41,20 +41,6 @@ def test_sparsity_is_the_share_of_pairs_not_visited(state: SkipState) -> None:
     for slot in range(len(bits)):
         expected = 1.0 - bits[slot].double().mean().item() if bits[slot].numel() else 0.0
         assert state.sparsity(slot) == pytest.approx(expected)
-    visited = state.pairs_to_visit()
-    empty = bits.any(-1).logical_not().sum((1, 2)) * state.blocks
-    assert torch.equal(visited, bits.sum((1, 2, 3)) + empty)
-
-
-@settings(max_examples=40, deadline=None)
-@given(states(), st.integers(0, 2**16))
-def test_pairs_to_visit_counts_forced_blocks(state: SkipState, seed: int) -> None:
-    random = torch.Generator().manual_seed(seed)
-    visit, skip = torch.rand((2, state.blocks), generator=random) < 0.3
-    allowed = ~skip
-    visited = (unpack_bits(state.mask, state.blocks) | visit) & allowed
-    expected = torch.where(visited.any(-1, keepdim=True), visited, allowed).sum((1, 2, 3))
-    assert torch.equal(state.pairs_to_visit(pack_bits(visit), pack_bits(skip)), expected)
 
 
 def test_fresh_state_visits_everything() -> None:

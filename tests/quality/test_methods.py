@@ -24,6 +24,7 @@ from benchmarks.quality.methods import (
     choose_methods,
 )
 from lite_attention import reference
+from lite_attention.backend.denoising import Phase
 from lite_attention.options import Rule
 from lite_attention.ranges import all_blocks, unpack_bits
 from lite_attention.tiles import BLOCK_K, TILE_Q, ceil_div
@@ -90,9 +91,9 @@ def test_emulator_equals_the_reference(
 def test_product_and_emulator_agree_about_every_figure(rule: Rule) -> None:
     product = ProductAttention(-6.0, rule, refresh_interval=3)
     emulated = EmulatedAttention(policy_of(rule, -6.0, refresh_interval=3))
-    for number, inputs in enumerate(steps(5)):
-        skip = number != 1
-        assert_close(product(*inputs, skip), emulated(*inputs, skip))
+    phases: list[Phase] = ["skip", "dense", "skip", "learn", "learn", "skip", "skip"]
+    for inputs, phase in zip(steps(len(phases)), phases, strict=True):
+        assert_close(product(*inputs, phase), emulated(*inputs, phase))
         torch.testing.assert_close(product.sparsity, emulated.sparsity)
         torch.testing.assert_close(product.dropped, emulated.dropped, rtol=1e-3, atol=1e-6)
     assert product.milliseconds() is None
@@ -114,7 +115,7 @@ def test_first_step_and_dense_steps_are_dense(summaries: methods.Summaries, grid
     first, second, third = steps(3)
     assert_close(attention(*first), dense(first))
     visits = attention.visits
-    assert_close(attention(*second, skip=False), dense(second))
+    assert_close(attention(*second, phase="dense"), dense(second))
     assert float(attention.sparsity) == 0.0
     assert attention.visits is visits
     attention(*third)
@@ -266,7 +267,7 @@ def test_negligible_blocks_are_not_used_in_the_very_pass(grid: Grid) -> None:
         assert float(attention.sparsity) == pytest.approx((1 - used) / 2)
         assert 0.05 < float(attention.sparsity) < 0.5
         assert (out - dense(inputs)).abs().max() > 1e-3
-    assert_close(attention(*inputs, skip=False), dense(inputs))
+    assert_close(attention(*inputs, phase="dense"), dense(inputs))
 
 
 def heavy_in_front(number: int) -> list[Inputs]:
@@ -333,7 +334,7 @@ def test_every_method_runs_and_skips_between_its_dense_steps(name: str) -> None:
     method = choose_methods([name])[-1]
     attention = method.make()
     for number, inputs in enumerate(steps(3, tokens_q=150, tokens_k=400)):
-        out = attention(*inputs, skip=method.skips(number, 3))
+        out = attention(*inputs, phase=method.phase(number, 3))
         assert out.shape == inputs[0].shape and out.isfinite().all()
         assert 0.0 <= float(attention.dropped) <= 1.0
         if number < method.warmup_steps or number >= 3 - method.cooldown_steps:

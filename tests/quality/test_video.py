@@ -376,6 +376,8 @@ def test_tables_say_what_the_rows_do() -> None:
     lines = tables.video_quality(long).splitlines()
     assert "| `mass` | 30.0% | 1.50 x | 1.82 x, 1.45 x | 44.0% | 1.63 x | 2.08 x, 1.67 x |" in lines
     assert "| -7 | 35.0 dB, 40%, 2.00 x |" in tables.video_rules(long).splitlines()
+    other_run = result(200, *long["rows"], row("product-mass", -5, 20, 0.7, 30) | {"dense_milliseconds": 90})
+    assert "| -5 | 20.0 dB, 70%, 3.00 x |" in tables.video_rules(other_run).splitlines()
     untimed = result(200, *(line | {"attention_milliseconds": None} for line in long["rows"]))
     assert "| `mass` | 30.0% | 1.50 x | 44.0% | 1.63 x |" in tables.video_quality(untimed).splitlines()
     assert "| `mass` |  |  |  | 20.0%, 1.00 x |" in tables.video_measures(long).splitlines()

@@ -86,7 +86,7 @@ def generate(model: VideoTransformer, video: Video, method: Method, steps: int, 
         layer = layers.get(site[1:])
         if layer is None:
             layer = layers[site[1:]] = method.make()
-        out = layer(query, key, value, skip=method.skips(site.step, steps))
+        out = layer(query, key, value, phase=method.phase(site.step, steps))
         sparsity[site], dropped[site] = layer.sparsity, layer.dropped
         return out
 
@@ -159,9 +159,9 @@ def evaluate(
     `keep` is called after each of them with what is known so far.
     """
     if model.patch_in.weight.is_cuda:
-        # Kernels are loaded, and chosen, before anything is timed; those of skipping by the second step.
+        # Kernels are loaded, and chosen, before anything is timed; those of skipping by the second step that may skip.
         for method in tqdm({method.name: method for method in (DENSE, *methods)}.values(), desc="warm-up"):
-            generate(model, videos[0], method, 2, guidance)
+            generate(model, videos[0], method, method.warmup_steps + 2 + method.cooldown_steps, guidance)
     start = time.monotonic()
     comparisons: list[Comparison] = []
     dense: list[Run] = []
@@ -213,6 +213,20 @@ def at_quality(
                 found[method] = sparsity, None if None in times else (1 - part) * times[0] + part * times[1]
                 break
     return found
+
+
+def of_one_run(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with the times that they would have in the run of the row `dense`: cards differ by a per cent or two.
+
+    A row that was added from another run says in `dense_milliseconds` what PyTorch's dense attention took there.
+    """
+    dense = next((row["attention_milliseconds"] for row in rows if row["method"] == "dense"), None)
+    return [
+        row | {"attention_milliseconds": row["attention_milliseconds"] * dense / row["dense_milliseconds"]}
+        if "dense_milliseconds" in row
+        else row
+        for row in rows
+    ]
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:

@@ -28,15 +28,12 @@ run() {
 
 evaluate=(evaluate --out "$out" --pictures "$details" --videos 2 --steps 25 --minutes 1000)
 run video_quality "${evaluate[@]}" --methods product-dense \
-    product-mass-summaries-rising-4:-11,-10.5,-10,-9.5,-9,-8.5,-8,-7.5,-7 \
-    product-mass-summaries-rising-6:-11,-10.5,-10,-9.5,-9,-8.5 product-mass-rising-4:-10.5,-10,-9.5,-9,-8.5,-8 \
-    product-mass-rising-2:-9,-8.5,-8,-7.5,-7 product-running-max-rising-4:-8,-7,-6,-5,-4 \
+    product-mass-rising-4-warmup-5:-10.5,-10,-9.5,-9,-8.5,-8,-7.75,-7.5 product-mass-rising-4:-10,-9.5,-9,-8.5,-8,-7.75,-7.5 \
+    product-mass-rising-6:-10.5,-10,-9.5,-9,-8.5,-8 product-mass-rising-2:-9,-8.5,-8,-7.5,-7 \
+    product-mass-summaries-rising-4:-11,-10,-9.5,-9,-8.5,-8,-7.75 product-running-max-rising-4:-6,-5,-4,-3 \
     product-mass-summaries:-8,-7.5 product-running-max:-6,-5,-7 product-mass:-9,-8.5,-8 \
-    product-mass-warmup:-8,-7,-6.5,-6 product-mass-summaries:-8.5,-7,-9,-10,-6,-4,-2 product-mass:-7,-10,-6,-4,-2 \
-    product-running-max:-10,-8,-4,-3,-2 product-mass-summaries-rising-2:-9,-8.5,-8,-7 \
-    product-mass-summaries-warmup-3:-8,-7.5,-7,-6.5 product-mass-summaries-warmup:-7.5,-7,-6.5,-6 \
-    product-running-max-warmup:-4,-3,-2,-1 \
-    running-max-176:-6,-5,-7,-4,-8 mass-bend:-8,-7
+    product-mass-warmup:-8,-7.5,-7,-6.75,-6.5 product-mass-summaries:-8.5,-7,-9,-10,-6,-4,-2 \
+    product-mass:-7,-10,-7.5,-6,-4,-2 product-running-max:-4,-2 running-max-176:-6,-5,-7,-4,-8 mass-bend:-8,-7
 run trace trace --threshold -8 --rule mass --steps 24 --out "$out/video.trace"
 run video_calibration calibrate --videos 2 --steps 20 --out "$out"
 run video_quality_tries_8 "${evaluate[@]}" --name video_quality_tries_8 --frames 8 --methods \

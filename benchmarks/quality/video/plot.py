@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.quality.video import FOLDER
+from benchmarks.quality.video.evaluate import of_one_run
 from benchmarks.quality.video.sample import BRANCHES
 from benchmarks.results import DIRECTORY
 from lite_attention.pictures import SKIPPED, heat_map, scale
@@ -161,7 +162,8 @@ def main() -> None:
         parser.error(f"--{error}")
     setup, machine = result["setup"], result["machine"]["processor"]
     title = f"{setup['tokens']:,} tokens, {setup['steps']} steps, mean over videos: {setup['videos']}, {machine}"
-    drawn = [row for row in result["rows"] if any(fnmatchcase(row["method"], pattern) for pattern in args.methods)]
+    rows = of_one_run(result["rows"])
+    drawn = [row for row in rows if any(fnmatchcase(row["method"], pattern) for pattern in args.methods)]
     made = {args.name: curves(drawn, title, args.bold)}
     if shown:
         made[f"{args.name}_frames"] = frames(shown, pictures, setup["first_video"])

@@ -8,7 +8,8 @@ from typing import Any
 
 from benchmarks.markdown import table
 from benchmarks.quality.calibration import calibration_table
-from benchmarks.quality.video.evaluate import Measure, at_quality
+from benchmarks.quality.video.evaluate import Measure, at_quality, of_one_run
+from lite_attention.tiles import BLOCK_K, ceil_div
 
 Result = dict[str, Any]
 
@@ -16,18 +17,15 @@ PRODUCT = {
     "product-running-max": "`running_max`",
     "product-mass": "`mass`",
     "product-mass-summaries": "`mass_summaries`",
-    "product-running-max-warmup": "`running_max`, 5 dense steps first, 2 last",
     "product-mass-warmup": "`mass`, 5 dense steps first, 2 last",
-    "product-mass-summaries-warmup": "`mass_summaries`, 5 dense steps first, 2 last",
-    "product-mass-summaries-warmup-3": "`mass_summaries`, 3 dense steps first",
-    "product-mass-summaries-rising-2": "the same, threshold rises by 2 over the steps",
-    "product-mass-summaries-rising-4": "the same, threshold rises by 4",
-    "product-mass-summaries-rising-6": "the same, threshold rises by 6",
-    "product-running-max-rising-4": "`running_max`, 3 dense steps first, threshold rises by 4",
+    "product-running-max-rising-4": "`running_max`, 3 dense steps first, threshold rises by 4 over the steps",
+    "product-mass-summaries-rising-4": "`mass_summaries`, the same",
     "product-mass-rising-2": "`mass`, 3 dense steps first, threshold rises by 2",
-    "product-mass-rising-4": "**`mass`, 3 dense steps first, threshold rises by 4**",
+    "product-mass-rising-4": "the same, rises by 4",
+    "product-mass-rising-6": "the same, rises by 6",
+    "product-mass-rising-4-warmup-5": "**`mass`, 5 dense steps first, threshold rises by 4**",
 }
-RECOMMENDED = "product-mass-rising-4"
+RECOMMENDED = "product-mass-rising-4-warmup-5"
 PUBLISHED = "running-max-176"
 SHOWN = PRODUCT | {PUBLISHED: "`running_max`, tiles of 128 x 176 as published, emulated"}
 OTHER_MEASURES: dict[Measure, tuple[str, tuple[float, ...]]] = {
@@ -49,15 +47,15 @@ TRIES = {
     "mass-mean": "`mass` with summaries, keys at their mean",
     "mass-variance": "`mass` with summaries, mean and variance without a bend",
     "mass-variance-32": "the same, blocks of 32 keys",
-    "product-mass-warmup": "`mass`, 5 dense steps first, 2 last",
+    "product-mass-warmup": "`mass`, 7 dense steps first, 2 last",
 }
 
 
 def video_rules(result: Result) -> str:
-    setup, rows = result["setup"], result["rows"]
+    setup, rows = result["setup"], of_one_run(result["rows"])
     of = {(row["method"], row["threshold"]): row for row in rows}
     columns = {name: PRODUCT[name] for name in list(PRODUCT)[:3]} | {
-        RECOMMENDED: "`mass`, 3 dense steps, rising from this by 4 over the steps"
+        RECOMMENDED: "`mass`, 5 dense steps, rising from this by 4 over the steps"
     }
     shown = {name: column for name, column in columns.items() if any(row["method"] == name for row in rows)}
     dense = of["dense", None]["attention_milliseconds"]
@@ -77,13 +75,17 @@ def video_rules(result: Result) -> str:
 def _video_cell(row: Result | None, dense: float | None) -> str:
     if row is None:
         return ""
-    speed = f", {dense / row['attention_milliseconds']:.2f} x" if dense and row["attention_milliseconds"] else ""
     psnr = "equal" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
-    return f"{psnr}, {row['sparsity']:.0%}{speed}"
+    return ", ".join(filter(None, (psnr, f"{row['sparsity']:.0%}", _speed(row, dense))))
+
+
+def _speed(row: Result, dense: float | None) -> str:
+    """Of attention; empty where it was not timed."""
+    return f"{dense / row['attention_milliseconds']:.2f} x" if dense and row["attention_milliseconds"] else ""
 
 
 def video_quality(result: Result) -> str:
-    rows = result["rows"]
+    rows = of_one_run(result["rows"])
     of_dense = {row["method"]: row["attention_milliseconds"] for row in rows if row["threshold"] is None}
     dense = [milliseconds for milliseconds in of_dense.values() if milliseconds is not None]
     timed = len(dense) == 2
@@ -117,6 +119,27 @@ def _where_known(meanings: dict[str, str], cells: Callable[[str], Iterable[str]]
         known = list(cells(name))
         if any(known):
             yield [meaning, *known]
+
+
+def video_recommended(result: Result) -> str:
+    rows = of_one_run(result["rows"])
+    (dense,) = (row["attention_milliseconds"] for row in rows if row["method"] == "dense")
+    blocks = ceil_div(result["setup"]["tokens"], BLOCK_K)
+    return table(
+        ["first value", "for any length, if it carries over", "PSNR", "SSIM", "blocks skipped", "attention"],
+        (
+            [
+                f"{row['threshold']:g}",
+                f"{row['threshold'] + math.log2(blocks):.1f} - log2(blocks)",
+                f"{row['psnr']:.1f} dB",
+                f"{row['ssim']:.3f}",
+                f"{row['sparsity']:.0%}",
+                _speed(row, dense),
+            ]
+            for row in sorted(rows, key=lambda row: row["threshold"] or 0)
+            if row["method"] == RECOMMENDED and row["threshold"] % 0.5 == 0
+        ),
+    )
 
 
 def video_measures(result: Result) -> str:

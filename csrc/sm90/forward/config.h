@@ -38,9 +38,16 @@ constexpr int kSteps = 8;
 // Named barriers (0 is __syncthreads): turn + i lets consumer i issue its matrix products.
 constexpr int kTurnBarrier = 1;
 
-// A kernel. `kPaired_`: two thread blocks (a cluster) work side by side on tiles of queries that visit the same key blocks, and
-// each fetches half of every block for both. That saves power, and with it time, but each waits for the other.
-template <int kHeadDim_, class Element_, Tracking kTracking_, bool kPaired_>
+// Warpgroups of a thread block that compute, 64 queries each. The more there are, the better they hide what each waits for, and the
+// more queries a fetched block serves; registers and a row of the mask, which is two warpgroups', set the limit. More than two work on
+// several rows of the mask side by side, so that all must visit the same.
+constexpr int most_consumers(int head_dim, Tracking tracking) {
+    return tracking != Tracking::kNone ? 2 : head_dim <= 64 ? 4 : head_dim == 128 ? 3 : 2;
+}
+
+// A kernel. `kConsumers_`: warpgroups that compute. `kPaired_`: two thread blocks (a cluster) work side by side on neighbouring tiles
+// of queries, and each fetches half of every key block for both. That saves power, and with it time, but each waits for the other.
+template <int kHeadDim_, class Element_, Tracking kTracking_, int kConsumers_, bool kPaired_>
 struct Config {
     using Element = Element_;
     static constexpr int kHeadDim = kHeadDim_;
@@ -49,20 +56,19 @@ struct Config {
     static_assert(!kPaired || kTracking == Tracking::kNone);
     static constexpr int kCluster = kPaired ? 2 : 1;
 
-    // Warpgroups that compute, 64 queries each. The more there are, the better they hide what each waits for, and the more queries
-    // a fetched block serves; registers and a row of the mask, which is two warpgroups', set the limit. More than two work on
-    // several rows of the mask side by side, so that all must visit the same.
-    static constexpr int kConsumers = kTracking != Tracking::kNone ? 2 : kHeadDim <= 64 ? 4 : kHeadDim == 128 ? 3 : 2;
+    static constexpr int kConsumers = kConsumers_;
     static constexpr bool kWide = kConsumers > 2;
     static constexpr int kRows = kConsumers * 64;
     static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
     static constexpr int kConsumerWarps = kRows / kWarpQ;
     static_assert(kRows == kTileQ || kTracking == Tracking::kNone);
 
-    // Blocks that one product tile gathers, and tiles in flight.
-    static constexpr int kBlocks = kWide || kHeadDim > 128 ? 1 : 3;
+    // Blocks that one product tile gathers, as many as registers hold, and tiles in flight.
+    static constexpr int kBlocks = kHeadDim > 128 ? 1 : kConsumers == 2 ? 3 : kConsumers == 3 && kHeadDim <= 64 ? 2 : 1;
     static constexpr int kTileK = kBlocks * kBlockK;
     static constexpr int kStages = kWide ? 4 : kHeadDim == 192 ? 3 : 2;
+    // Where a step is one block, and nothing is decided on it, a warpgroup passes over those that its own queries do not attend.
+    static constexpr bool kPasses = kBlocks == 1 && kTracking == Tracking::kNone;
     static constexpr int kQueryStages = kWide || kHeadDim < 128 ? 2 : 1;
 
     // Summaries that one product tile gathers, 0 where none stand in: means and variances share a stage of the keys.
@@ -99,12 +105,13 @@ struct Config {
         cute::Step<cute::_2, cute::_1, cute::_3>{}));
 
     using Warpgroups = cute::Layout<cute::Shape<cute::Int<kConsumers>, cute::_1, cute::_1>>;
+    template <int kCount>  // blocks
     using MmaQK = decltype(cute::make_tiled_mma(
         cute::GMMA::ss_op_selector<
             Element,
             Element,
             float,
-            cute::Shape<cute::Int<kRows>, cute::Int<kTileK>, cute::Int<kHeadDim>>>(),
+            cute::Shape<cute::Int<kRows>, cute::Int<kCount * kBlockK>, cute::Int<kHeadDim>>>(),
         Warpgroups{}));
     using MmaPV = decltype(cute::make_tiled_mma(
         cute::GMMA::rs_op_selector<
@@ -126,10 +133,11 @@ struct Work {
     int head;
     int batch;
     int steps;        // product tiles to visit, at least one
+    int narrow_steps;  // the last of them, of one block less than the others
     float threshold;  // -inf: ordinary attention, the state stays as it is
 };
 
-// The blocks of one product tile; -1 where the first tile of a row holds fewer.
+// The blocks of one product tile; -1 where a narrow one or the first one of a row holds fewer.
 template <int kBlocks>
 struct Visit {
     int block[kBlocks];
@@ -182,7 +190,7 @@ struct SharedStorage {
     alignas(1024) Element key[Config::kStages * Config::kTileK * Config::kHeadDim];
     alignas(1024) Element value[Config::kStages * Config::kTileK * Config::kHeadDim];
 
-    Ring<Config::kQueryStages> queries;
+    Ring<Config::kQueryStages> queries[Config::kConsumers];  // each warpgroup has its own, and gives them back when it is done
     Ring<Config::kStages> keys;
     Ring<Config::kStages> values;
 
@@ -190,6 +198,11 @@ struct SharedStorage {
     StepOf<Config> step[kSteps];
     Ring<kSteps> steps;
     uint32_t zero;  // see Softmax::judge
+
+    // Rows that the first of paired thread blocks has taken, see Counter. A row is a step or more, and of those neither is more than
+    // kSteps ahead of the other.
+    Ring<2 * kSteps> taken;
+    int row[2 * kSteps];
 };
 
 }  // namespace lite_attention::sm90

@@ -53,7 +53,8 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
     ParamsOf<Config> kernel_params;
     bool encoded =
         encode<Config>(
-            kernel_params.query, params.query, params.tokens_q, params.heads, params.batch, params.head_dim, Config::kRows) &&
+            kernel_params.query, params.query, params.tokens_q, params.heads, params.batch, params.head_dim,
+            Config::kRows / Config::kConsumers) &&
         encode<Config>(
             kernel_params.key, key, params.tokens_k, params.kv_heads, params.batch, params.head_dim, Config::kBoxK) &&
         encode<Config>(
@@ -73,7 +74,11 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
     int const tiles = ceil_div(params.tokens_q, Config::kRows * Config::kCluster);
     int const kv_group = params.heads / params.kv_heads;
     int64_t const head_bytes = 2 * sizeof(Element) * static_cast<int64_t>(params.tokens_k) * params.head_dim;
-    int64_t const kv_heads = std::clamp<int64_t>(kGroupBytes / std::max<int64_t>(head_bytes, 1), 1, params.kv_heads);
+    int64_t const all_kv_heads = static_cast<int64_t>(params.kv_heads) * params.batch;
+    int64_t const near_kv_heads = std::clamp<int64_t>(kGroupBytes / std::max<int64_t>(head_bytes, 1), 1, all_kv_heads);
+    // Not a smaller group last: its longest causal row would be what all wait for.
+    int64_t const groups = all_kv_heads / near_kv_heads;
+    int64_t const kv_heads = (all_kv_heads + groups - 1) / groups;
     kernel_params.rows = {
         params.mask,
         params.mask_batch_stride,
@@ -105,14 +110,12 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
     constexpr int kSharedBytes = sizeof(SharedStorage<Config>);
     static_assert(kSharedBytes <= 227 * 1024);
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-    if (error == cudaSuccess && !Config::kPaired) {
-        error = cudaMemsetAsync(params.schedule, 0, kCounters * sizeof(int), stream);
-    }
-    int64_t const rows = static_cast<int64_t>(tiles) * params.heads * params.batch;
-    if (error == cudaSuccess && Config::kTracking != Tracking::kNone && rows > processors()) {
-        kernel_params.rows.order = params.schedule + kCounters;
+    if (error == cudaSuccess && Config::kTracking != Tracking::kNone) {
+        kernel_params.rows.order = params.schedule + 1;
         bool const near = head_bytes * params.kv_heads * params.batch <= kGroupBytes;
-        error = order_rows(kernel_params.rows, params.schedule, near, stream);
+        error = order_rows(kernel_params.rows, params.visited, near, stream);
+    } else if (error == cudaSuccess) {
+        error = cudaMemsetAsync(params.schedule, 0, sizeof(int), stream);
     }
     if constexpr (Config::kSummaries > 0) {
         SummarizeBlocksParams const blocks = {
@@ -125,27 +128,45 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
         cudaLaunchAttribute attributes[2]{};
         attributes[0].id = cudaLaunchAttributeClusterDimension;
         attributes[0].val.clusterDim = {Config::kCluster, 1, 1};
-        // Begins beside the kernel that summarizes blocks, and waits for it where it needs summaries.
+        // Begins beside the kernel before, which summarizes blocks or orders rows, and waits where it needs what that writes.
         attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attributes[1].val.programmaticStreamSerializationAllowed = 1;
         cudaLaunchConfig_t config{};
+        int64_t const rows = static_cast<int64_t>(tiles) * params.heads * params.batch;
         config.gridDim = static_cast<unsigned>(std::min<int64_t>(rows, processors() / Config::kCluster)) * Config::kCluster;
         config.blockDim = Config::kThreads;
         config.dynamicSmemBytes = kSharedBytes;
         config.stream = stream;
         config.attrs = attributes;
-        config.numAttrs = Config::kSummaries > 0 ? 2 : 1;
+        config.numAttrs = Config::kTracking != Tracking::kNone ? 2 : 1;
         error = cudaLaunchKernelEx(&config, kernel, kernel_params);
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Whether pairs of thread blocks are faster: there is much to fetch, both have the same to do, and hardly a tile of queries is
-// left without a partner. Measured at 4,096 and 16,384 keys (docs/kernel-notes.md).
+// Whether pairs of thread blocks are faster: there is much to fetch, and hardly a tile of queries is left without a partner. Of
+// causal tiles the longer one's keys are fetched for both. Measured at 4,096 and 16,384 keys (docs/kernel-notes.md).
 template <class Config>
 bool pays_paired(ForwardParams const& params) {
     int const tiles = ceil_div(params.tokens_q, Config::kRows);
-    return params.tokens_k >= 8192 && !params.causal && (tiles % 2 == 0 || tiles >= 32);
+    int const mean_keys = params.tokens_k - (params.causal ? std::min(params.tokens_q, params.tokens_k) / 2 : 0);
+    return mean_keys >= 8192 && (Config::kPasses || !params.causal) && (tiles % 2 == 0 || tiles >= 32);
+}
+
+// Queries that a multiprocessor works on if all have the same number of tiles: a last wave that is not full takes as long as a full one.
+template <class Config>
+int queries_in_waves(ForwardParams const& params) {
+    int const tiles = ceil_div(params.tokens_q, Config::kRows) * params.heads * params.batch;
+    return ceil_div(tiles, processors()) * Config::kRows;
+}
+
+// Whether lower tiles fill their waves so much better that they are faster, though beyond head_dim 64 each query takes longer in them
+// (measured, docs/kernel-notes.md), the more so the fewer keys there are for what each tile begins and ends with. Causal tiles differ
+// in length and fill each other's gaps.
+template <class Low, class High>
+bool pays_low(ForwardParams const& params) {
+    double const cost = High::kHeadDim <= 64 ? 0.98 : 1.015 + 160.0 / std::max(params.tokens_k, 1);  // of a query, relative
+    return !params.causal && cost * queries_in_waves<Low>(params) < queries_in_waves<High>(params);
 }
 
 }  // namespace
@@ -155,11 +176,17 @@ char const* launch(ForwardParams const& params, cudaStream_t stream) {
     using Element = cute::conditional_t<kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
     constexpr auto kWhat = static_cast<Tracking>(kTracking);
     if (tensor_map_encoder() == nullptr) { return "the CUDA driver is too old: it has no tensor maps"; }
+    constexpr int kMost = most_consumers(kHeadDim, kWhat);
+    using High = Config<kHeadDim, Element, kWhat, kMost, false>;
+    if constexpr (High::kWide) {
+        using Low = Config<kHeadDim, Element, kWhat, kMost - 1, false>;
+        if (pays_low<Low, High>(params)) { return launch<Low>(params, stream); }
+    }
     if constexpr (kWhat == Tracking::kNone && 64 < kHeadDim && kHeadDim <= 128) {
-        using Paired = Config<kHeadDim, Element, kWhat, true>;
+        using Paired = Config<kHeadDim, Element, kWhat, kMost, true>;
         if (pays_paired<Paired>(params)) { return launch<Paired>(params, stream); }
     }
-    return launch<Config<kHeadDim, Element, kWhat, false>>(params, stream);
+    return launch<High>(params, stream);
 }
 
 template char const* launch<LITE_HEAD_DIM, LITE_BFLOAT16, 0>(ForwardParams const&, cudaStream_t);

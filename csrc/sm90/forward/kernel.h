@@ -73,7 +73,8 @@ CUTLASS_DEVICE void copy_rows(
 template <class Config>
 CUTLASS_DEVICE void fetch(ParamsOf<Config> const& params, SharedStorage<Config>& shared) {
     using Element = typename Config::Element;
-    constexpr uint32_t kQueryBytes = Config::kRows * Config::kHeadDim * sizeof(Element);
+    constexpr int kQueries = Config::kRows / Config::kConsumers;
+    constexpr uint32_t kQueryBytes = kQueries * Config::kHeadDim * sizeof(Element);
     constexpr uint32_t kTileBytes = Config::kTileK * Config::kHeadDim * sizeof(Element);
     int const part = blockIdx.x % Config::kCluster * Config::kBoxK;
 
@@ -88,21 +89,14 @@ CUTLASS_DEVICE void fetch(ParamsOf<Config> const& params, SharedStorage<Config>&
         shared.steps.wait_full(n);
         StepOf<Config> const& step = shared.step[shared.steps.place(n)];
         Work const work = step.work;
-        if (step.first) {
-            shared.queries.wait_empty(row);
-            int const place = shared.queries.place(row);
-            uint64_t* const full = &shared.queries.full[place];
-            if (work.tile < 0) {
-                // Whoever waits for this kernel waits for that too.
-                if (Config::kSummaries > 0) { cudaGridDependencySynchronize(); }
-                Barrier::arrive(full);
-                break;
+        if (work.tile < 0) {
+            // Whoever waits for this kernel waits for that too.
+            if (Config::kSummaries > 0) { cudaGridDependencySynchronize(); }
+            for (auto& queries : shared.queries) {
+                queries.wait_empty(row);
+                Barrier::arrive(&queries.full[queries.place(row)]);
             }
-            CopyBarrier::arrive_and_expect_tx(full, kQueryBytes);
-            copy_rows<Config, Config::kRows, 1>(
-                params.query, full, cute::TMA::CacheHintSm90::EVICT_FIRST,
-                shared.query + place * Config::kRows * Config::kHeadDim, 0, work.tile * Config::kRows, work.head, work.batch);
-            ++row;
+            break;
         }
         int const place = shared.keys.place(n);
         int const kv_head = work.head / params.kv_group;
@@ -143,6 +137,19 @@ CUTLASS_DEVICE void fetch(ParamsOf<Config> const& params, SharedStorage<Config>&
         };
         shared.keys.wait_empty(n);
         copy_tile(params.key, &shared.keys.full[place], shared.key);
+        if (step.first) {
+            for (int i = 0; i < Config::kConsumers; ++i) {
+                auto& queries = shared.queries[i];
+                queries.wait_empty(row);
+                int const place = queries.place(row);
+                CopyBarrier::arrive_and_expect_tx(&queries.full[place], kQueryBytes);
+                copy_rows<Config, Config::kRows, 1>(
+                    params.query, &queries.full[place], cute::TMA::CacheHintSm90::EVICT_FIRST,
+                    shared.query + place * Config::kRows * Config::kHeadDim, i * kQueries,
+                    work.tile * Config::kRows + i * kQueries, work.head, work.batch);
+            }
+            ++row;
+        }
         release();
         copy_tile(params.value, &shared.values.full[place], shared.value);
     }
@@ -184,17 +191,28 @@ CUTLASS_DEVICE T broadcast(T const& shared) {
     return value;
 }
 
+// What a thread knows of its two queries when all of a row of the mask is done.
+template <int kHeadDim>
+struct Result {
+    int head;
+    int batch;
+    int row;  // the first query
+    bool valid[2];
+    float lse[2];
+    float* lse_state;             // null where the state stays as it is
+    uint32_t pairs[kHeadDim / 4];  // of channels of the output: of every 8 one, of both queries
+};
+
 // Writes a warp's rows of the output, 16 bytes a lane: lanes of a quad hold pairs of channels of every 8 and exchange them, so that
-// each has all of one of four groups of 8. `row`: the first of this thread's two.
-template <class Config, class Out>
-CUTLASS_DEVICE void write(
-    KernelParams const& params, Work const& work, int row, bool const (&valid)[2], float const (&factor)[2], Out const& out) {
+// each has all of one of four groups of 8.
+template <class Config>
+CUTLASS_DEVICE void write(KernelParams const& params, Result<Config::kHeadDim> const& result) {
     using Element = typename Config::Element;
     int const lane = threadIdx.x % 4;
     bool const odd = lane & 1;
     bool const upper = lane & 2;
-    auto* const first = static_cast<Element*>(params.out.data) + work.batch * params.out.batch_stride +
-                        work.head * params.out.head_stride + row * params.out.token_stride;
+    auto* const first = static_cast<Element*>(params.out.data) + result.batch * params.out.batch_stride +
+                        result.head * params.out.head_stride + result.row * params.out.token_stride;
     auto exchange = [](bool second, uint32_t a, uint32_t b, int lane_bit) {
         return __shfl_xor_sync(~0u, second ? a : b, lane_bit);
     };
@@ -203,21 +221,26 @@ CUTLASS_DEVICE void write(
         int const channel = (group + lane) * 8;
         CUTLASS_PRAGMA_UNROLL
         for (int r = 0; r < 2; ++r) {
-            uint32_t part[4];  // of the groups
-            CUTLASS_PRAGMA_UNROLL
-            for (int g = 0; g < 4; ++g) {
-                int const place = 4 * (group + g) + 2 * r;
-                part[g] = pack(out(place) * factor[r], out(place + 1) * factor[r], Element{});
-            }
+            uint32_t const part[4] = {
+                result.pairs[2 * group + r], result.pairs[2 * group + 2 + r], result.pairs[2 * group + 4 + r],
+                result.pairs[2 * group + 6 + r]};
             // Of groups 0 and 2, or 1 and 3, the pairs of this lane and its neighbour.
             uint32_t const near[2] = {exchange(odd, part[0], part[1], 1), exchange(odd, part[2], part[3], 1)};
             uint2 const low = odd ? make_uint2(near[0], part[1]) : make_uint2(part[0], near[0]);
             uint2 const high = odd ? make_uint2(near[1], part[3]) : make_uint2(part[2], near[1]);
             uint2 const far = {exchange(upper, low.x, high.x, 2), exchange(upper, low.y, high.y, 2)};
             uint4 const whole = upper ? make_uint4(far.x, far.y, high.x, high.y) : make_uint4(low.x, low.y, far.x, far.y);
-            if (valid[r] && channel < params.head_dim) {
+            if (result.valid[r] && channel < params.head_dim) {
                 *reinterpret_cast<uint4*>(first + 8 * r * params.out.token_stride + channel) = whole;
             }
+        }
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int r = 0; r < 2; ++r) {
+        if (result.valid[r] && lane == 0) {
+            int64_t const head = static_cast<int64_t>(result.batch) * params.rows.heads + result.head;
+            params.lse[head * params.rows.tokens_q + result.row + 8 * r] = result.lse[r];
+            if (result.lse_state != nullptr) { result.lse_state[8 * r] = result.lse[r]; }
         }
     }
 }
@@ -266,7 +289,7 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
     constexpr Tracking kTracking = Config::kTracking;
     constexpr int kBlocks = Config::kBlocks;
     // Steps after the first in which a causal tile may hide keys.
-    constexpr int kCausalSteps = ceil_div(Config::kRows / kBlockK, kBlocks);
+    constexpr int kCausalSteps = Config::kPasses ? 1 : ceil_div(Config::kRows / kBlockK, kBlocks);
     RowParams const& rows = params.rows;
     int const warpgroup = cutlass::canonical_warp_group_idx() - 1;
     int const warp = threadIdx.x / 32 - kWarpgroup / 32;
@@ -277,15 +300,15 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
     Tensor query = make_tensor(make_smem_ptr(shared.query), typename Config::LayoutQ{});
     Tensor key = make_tensor(make_smem_ptr(shared.key), typename Config::LayoutK{});
     Tensor value = make_tensor(make_smem_ptr(shared.value), typename Config::LayoutVt{});
-    typename Config::MmaQK mma_qk;
+    using MmaQK = typename Config::template MmaQK<kBlocks>;
     typename Config::MmaPV mma_pv;
     // Descriptors depend on the warpgroup alone.
-    auto const slice_qk = mma_qk.get_slice(warpgroup * kWarpgroup);
     auto const slice_pv = mma_pv.get_slice(warpgroup * kWarpgroup);
+    auto const slice_qk = MmaQK{}.get_slice(warpgroup * kWarpgroup);
     Tensor q = slice_qk.partition_fragment_A(query);
     Tensor k = slice_qk.partition_fragment_B(key);
     Tensor v = slice_pv.partition_fragment_B(value);
-    Tensor scores = partition_fragment_C(mma_qk, Shape<Int<Config::kRows>, Int<Config::kTileK>>{});
+    Tensor scores = partition_fragment_C(MmaQK{}, Shape<Int<Config::kRows>, Int<Config::kTileK>>{});
     Tensor out = partition_fragment_C(mma_pv, Shape<Int<Config::kRows>, Int<Config::kHeadDim>>{});
     // Weights as the first operand of the second product: the order of the scores, 16 keys at a time.
     Tensor weights = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Config::kTileK / 16>>>{});
@@ -294,6 +317,8 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
     auto& words = *reinterpret_cast<uint32_t(*)[kBlocks * 16]>(raw_pointer_cast(weights.data()));
 
     Softmax<kTracking, kBlocks, Element> softmax(params.scale_log2);
+    auto& queries = shared.queries[warpgroup];
+    Result<Config::kHeadDim> result;
     uint32_t n_row = 0;
     uint32_t n = 0;  // of the step
 
@@ -313,22 +338,26 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
     auto pass_turn = [&] {
         cutlass::arch::NamedBarrier::arrive(2 * kWarpgroup, kTurnBarrier + (warpgroup + 1) % Config::kConsumers);
     };
-    auto issue_qk = [&] {
-        warpgroup_fence_operand(scores);
+    // Of the first `count` blocks of a tile, whose descriptors are those of the whole.
+    auto issue_qk = [&](auto count) {
+        typename Config::template MmaQK<count> mma_qk;
+        Tensor part = make_tensor(scores.data(), Layout<Shape<Shape<_2, _2, Int<count * 8>>, _1, _1>>{});
+        forget(scores);
         warpgroup_arrive();
         mma_qk.accumulate_ = GMMA::ScaleOut::Zero;
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < size<2>(q); ++i) {
-            cute::gemm(mma_qk, q(_, _, i, shared.queries.place(n_row)), k(_, _, i, shared.keys.place(n)), scores);
+            cute::gemm(mma_qk, q(_, _, i, queries.place(n_row)), k(_, _, i, shared.keys.place(n)), part);
             mma_qk.accumulate_ = GMMA::ScaleOut::One;
         }
         warpgroup_commit_batch();
     };
-    auto issue_pv = [&](uint32_t n, auto const& weights) {
+    // Of the first `keys` keys or summaries.
+    auto issue_pv = [&](uint32_t n, auto const& weights, int keys) {
         warpgroup_fence_operand(out);
         warpgroup_arrive();
         CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < size<2>(weights); ++i) {
+        for (int i = 0; i < keys / 16; ++i) {
             cute::gemm(mma_pv, weights(_, _, i), v(_, _, i, shared.values.place(n)), out);
             mma_pv.accumulate_ = GMMA::ScaleOut::One;
         }
@@ -337,7 +366,7 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
     // After the last product that reads a row's queries: the next ones come while it ends.
     auto empty_queries = [&] {
         __syncwarp();
-        if (lane == 0) { Barrier::arrive(&shared.queries.empty[shared.queries.place(n_row)]); }
+        if (lane == 0) { Barrier::arrive(&queries.empty[queries.place(n_row)]); }
     };
     auto answer = [&](uint32_t n, uint32_t keep) {
         if (kTracking != Tracking::kNone && lane == 0) { shared.step[shared.steps.place(n)].keep[warp] = keep; }
@@ -369,7 +398,7 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
                 CUTLASS_PRAGMA_UNROLL
                 for (int i = 0; i < kSquares / 16; ++i) {
                     load_squares<Element>(
-                        query(warp * kWarpQ + lane % 16, part * kSquares + 16 * i + lane / 16 * 8, shared.queries.place(n_row)),
+                        query(warp * kWarpQ + lane % 16, part * kSquares + 16 * i + lane / 16 * 8, queries.place(n_row)),
                         params.query_scale, square_words + 4 * i);
                 }
                 warpgroup_fence_operand(squares);
@@ -380,7 +409,7 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
                 mma_qm.accumulate_ = mma_sv.accumulate_ = GMMA::ScaleOut::Zero;
                 CUTLASS_PRAGMA_UNROLL
                 for (int i = 0; i < size<2>(q); ++i) {
-                    cute::gemm(mma_qm, q(_, _, i, shared.queries.place(n_row)), mean(_, _, i, shared.keys.place(n)), estimates);
+                    cute::gemm(mma_qm, q(_, _, i, queries.place(n_row)), mean(_, _, i, shared.keys.place(n)), estimates);
                     mma_qm.accumulate_ = GMMA::ScaleOut::One;
                 }
                 warpgroup_commit_batch();
@@ -412,7 +441,7 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
                 if (tile > 0) {
                     warpgroup_fence_operand(summary_weights);
                     shared.values.wait_full(n - 1);
-                    issue_pv(n - 1, summary_weights);
+                    issue_pv(n - 1, summary_weights, kSummaries);
                 }
                 pass_turn();
                 warpgroup_wait<0>();
@@ -439,18 +468,17 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
                 }
             }
             shared.values.wait_full(n - 1);
-            issue_pv(n - 1, summary_weights);
+            issue_pv(n - 1, summary_weights, kSummaries);
             warpgroup_wait<0>();
             warpgroup_fence_operand(out);
             empty(shared.values, n - 1);
-            forget(scores);
         }
     };
 
     if (warpgroup == Config::kConsumers - 1) { pass_turn(); }
 
     for (;; ++n_row) {
-        shared.queries.wait_full(n_row);
+        queries.wait_full(n_row);
         Work const work = broadcast(shared.step[shared.steps.place(n)].work);
         if (work.tile < 0) { break; }
         int const first_row = work.tile * Config::kRows + warpgroup * 64;
@@ -469,29 +497,45 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
             }
         }
 
+        int steps = work.steps;
+        if (Config::kPasses && rows.causal) {
+            // What only later queries of the row attend comes first.
+            CUTLASS_PRAGMA_NO_UNROLL
+            for (int own = max(1, reach(rows, first_row + 64)); steps > own; --steps, ++n) {
+                shared.keys.wait_full(n);
+                empty(shared.keys, n);
+                shared.values.wait_full(n);
+                empty(shared.values, n);
+                take_turn();
+                pass_turn();
+            }
+        }
         shared.keys.wait_full(n);
         Visit<kBlocks> visit = broadcast(shared.step[shared.steps.place(n)].visit);
         int summary_tiles = 0;
         if constexpr (Config::kSummaries > 0) { summary_tiles = broadcast(shared.step[shared.steps.place(n)].summary_tiles); }
-        issue_qk();
+        issue_qk(Int<kBlocks>{});
+        if (n_row > 0) { write<Config>(params, result); }
         softmax.begin(work.threshold, valid, lse_before);
         mma_pv.accumulate_ = GMMA::ScaleOut::Zero;
+        forget(out);
         warpgroup_wait<0>();
         warpgroup_fence_operand(scores);
         empty(shared.keys, n);
-        if (work.steps == 1 && summary_tiles == 0) { empty_queries(); }
+        if (steps == 1 && summary_tiles == 0) { empty_queries(); }
         hide(rows, visit, first_row, row, scores);
         softmax.first(scores, words);
 
-        for (int step = 1; step < work.steps; ++step) {
+        // A tile behind the first, of `count` blocks.
+        auto attend = [&](int step, auto count) __attribute__((always_inline)) {
             ++n;
             shared.keys.wait_full(n);
             if (rows.causal && step <= kCausalSteps) { visit = broadcast(shared.step[shared.steps.place(n)].visit); }
             take_turn();
             warpgroup_fence_operand(weights);
-            issue_qk();
+            issue_qk(count);
             shared.values.wait_full(n - 1);
-            issue_pv(n - 1, weights);
+            issue_pv(n - 1, weights, Config::kTileK);
             pass_turn();
             // Judging the tile before takes no time of its own while the products are under way.
             answer(n - 1, softmax.judge(words, *static_cast<uint32_t const volatile*>(&shared.zero)));
@@ -500,37 +544,45 @@ CUTLASS_DEVICE void consume(ParamsOf<Config> const& params, SharedStorage<Config
             warpgroup_fence_operand(out);
             empty(shared.keys, n);
             empty(shared.values, n - 1);
-            if (step == work.steps - 1 && summary_tiles == 0) { empty_queries(); }
+            if (step == steps - 1 && summary_tiles == 0) { empty_queries(); }
             if (rows.causal && step <= kCausalSteps) { hide(rows, visit, first_row, row, scores); }
             float rescale[2];
-            bool const raised = softmax.step(scores, words, rescale);
+            bool const raised = softmax.template step<count>(scores, words, rescale);
             if (raised) {
                 CUTLASS_PRAGMA_UNROLL
                 for (int i = 0; i < size(out); ++i) { out(i) *= rescale[i / 2 % 2]; }
             }
+        };
+        auto end = [&](auto count) {
+            shared.values.wait_full(n);
+            issue_pv(n, weights, count * kBlockK);
+            answer(n, softmax.judge(words, 0));
+            warpgroup_wait<0>();
+            warpgroup_fence_operand(out);
+            empty(shared.values, n);
+        };
+        int const wide_steps = steps - work.narrow_steps;
+        for (int step = 1; step < wide_steps; ++step) { attend(step, Int<kBlocks>{}); }
+        if (kBlocks == 1 || wide_steps == steps) {
+            end(Int<kBlocks>{});
+        } else if constexpr (kBlocks > 1) {
+            CUTLASS_PRAGMA_NO_UNROLL
+            for (int step = wide_steps; step < steps; ++step) { attend(step, Int<kBlocks - 1>{}); }
+            end(Int<kBlocks - 1>{});
         }
-        shared.values.wait_full(n);
-        issue_pv(n, weights);
-        answer(n, softmax.judge(words, 0));
-        warpgroup_wait<0>();
-        warpgroup_fence_operand(out);
-        empty(shared.values, n);
         ++n;
         if (summary_tiles > 0) { attend_summaries(summary_tiles); }
 
+        // Written while the first product of the next row is under way.
+        result = {work.head, work.batch, row, {valid[0], valid[1]}, {}, lse_state, {}};
         float factor[2];
-        float lse[2];
-        softmax.end(factor, lse);
-        write<Config>(params, work, row, valid, factor, out);
+        softmax.end(factor, result.lse);
         CUTLASS_PRAGMA_UNROLL
-        for (int r = 0; r < 2; ++r) {
-            if (valid[r] && lane % 4 == 0) {
-                params.lse[(static_cast<int64_t>(work.batch) * rows.heads + work.head) * rows.tokens_q + row + 8 * r] =
-                    lse[r];
-                if (lse_state != nullptr) { lse_state[8 * r] = lse[r]; }
-            }
+        for (int i = 0; i < size(out) / 2; ++i) {
+            result.pairs[i] = pack(out(2 * i) * factor[i % 2], out(2 * i + 1) * factor[i % 2], Element{});
         }
     }
+    write<Config>(params, result);
 }
 
 template <class Config>
@@ -542,10 +594,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_kernel(__grid_con
         cute::prefetch_tma_descriptor(&params.query);
         cute::prefetch_tma_descriptor(&params.key);
         cute::prefetch_tma_descriptor(&params.value);
-        shared.queries.init(1, Config::kConsumerWarps);
+        for (auto& queries : shared.queries) { queries.init(1, Config::kConsumerWarps / Config::kConsumers); }
         shared.keys.init(1, Config::kConsumerWarps * Config::kCluster);
         shared.values.init(1, Config::kConsumerWarps * Config::kCluster);
         shared.steps.init(1, 1);
+        shared.taken.init(1, 1);
         for (StepOf<Config>& step : shared.step) { step.words = nullptr; }
         shared.zero = 0;
         cutlass::arch::fence_barrier_init();

@@ -6,10 +6,8 @@
 
 namespace lite_attention::sm90 {
 
-// Words that are zero before the launch: the rows that are taken, thread blocks that have weighed theirs, and what all visit.
-constexpr int kCounters = 3;
-
-// Writes `rows.order` and, behind it, a word for each row that only this needs. `near`: the L2 cache holds all keys and values.
-cudaError_t order_rows(RowParams const& rows, int32_t* counters, bool near, cudaStream_t stream);
+// Writes `rows.order` and, behind it, a word for each row that only this needs; a zero to `rows.counter`; and to `visited`, unless
+// null, how many blocks all rows visit together. `near`: the L2 cache holds all keys and values.
+cudaError_t order_rows(RowParams const& rows, int64_t* visited, bool near, cudaStream_t stream);
 
 }  // namespace lite_attention::sm90

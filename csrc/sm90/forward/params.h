@@ -29,7 +29,7 @@ struct ForwardParams {
     TensorView out;
 
     float* lse;        // (batch, heads, tokens_q) contiguous, natural log
-    int32_t* schedule;  // words for the launch: `kCounters`, and with a mask two for each row of it
+    int32_t* schedule;  // words for the launch: one, and with a mask two for each row of it
 
     // The skip state; `mask` null: dense, and the others are not read.
     int32_t* mask;  // (batch, heads, tiles, words), words contiguous
@@ -42,6 +42,7 @@ struct ForwardParams {
     float const* thresholds;    // (batch,)
     int32_t const* must_visit;  // (words,) or null
     int32_t const* must_skip;   // (words,) or null
+    int64_t* visited;           // one number, written: pairs of a tile and a block that are visited; or null
 
     // Rule `mass_summaries`: means and variances of the keys of blocks and means of their values, (3, batch, blocks, kv_heads,
     // head_dim) contiguous, and room for notes, as large as the mask and contiguous. Both are written.

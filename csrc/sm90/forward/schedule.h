@@ -18,47 +18,47 @@ struct RowParams {
     int32_t const* must_visit;
     int32_t const* must_skip;
     int* counter;
-    int32_t const* order;  // numbers of rows as `locate` takes them; null: 0, 1, 2, ...
+    int32_t const* order;  // numbers of rows as `locate` takes them; null where nothing is tracked: 0, 1, 2, ...
     int tokens_q;
     int tokens_k;
     int tile_queries;  // in a tile
     int tiles;  // of queries; of paired thread blocks: pairs of tiles
     int heads;
     int batch;
-    int head_group;  // heads of a batch row that are worked on at a time: their keys and values share the L2 cache
+    int head_group;  // heads, of all batch rows, that are worked on at a time: their keys and values share the L2 cache
     bool causal;
 };
 
 // The row of the mask numbered `index`: tiles of the same heads are near each other, so that the heads' keys and values
 // stay in the L2 cache; causal rows go from the longest to the shortest, which fills the gaps at the end.
 CUTLASS_DEVICE void locate(RowParams const& params, int index, Work& work) {
-    int const rows = params.tiles * params.heads;
-    work.batch = index / rows;
-    int rest = index - work.batch * rows;
     int const group_rows = params.tiles * params.head_group;
-    int const group = rest / group_rows;
-    rest -= group * group_rows;
+    int const group = index / group_rows;
+    int const rest = index - group * group_rows;
     int const first_head = group * params.head_group;
-    int const heads = min(params.head_group, params.heads - first_head);
+    int const heads = min(params.head_group, params.heads * params.batch - first_head);
     int const tile = rest / heads;
-    work.head = first_head + rest - tile * heads;
+    int const head = first_head + rest - tile * heads;
+    work.batch = head / params.heads;
+    work.head = head - work.batch * params.heads;
     work.tile = params.causal ? params.tiles - 1 - tile : tile;
 }
 
-// Blocks that some query of the tile attends: those before this number.
-CUTLASS_DEVICE int reach(RowParams const& params, int tile) {
+// Blocks that some query before `end` attends: those before this number.
+CUTLASS_DEVICE int reach(RowParams const& params, int end) {
     int tokens = params.tokens_k;
     if (params.causal) {
-        int const last_query = min((tile + 1) * params.tile_queries, params.tokens_q) - 1;
-        tokens = max(0, min(tokens, last_query + 1 + params.tokens_k - params.tokens_q));
+        tokens = max(0, min(tokens, min(end, params.tokens_q) + params.tokens_k - params.tokens_q));
     }
     return ceil_div(tokens, kBlockK);
 }
 
-// Walks all blocks that the tile attends, from the last to the first.
+// Walks all blocks that some query before the end of the tile, or of its pair of tiles, attends, from the last to the first.
+template <int kCluster>
 class DenseWalk {
   public:
-    CUTLASS_DEVICE DenseWalk(RowParams const& params, Work const& work, int32_t*) : next_(reach(params, work.tile)) {}
+    CUTLASS_DEVICE DenseWalk(RowParams const& params, Work const& work, int32_t*)
+        : next_(reach(params, (work.tile / kCluster + 1) * kCluster * params.tile_queries)) {}
     CUTLASS_DEVICE int visits() const { return next_; }
     CUTLASS_DEVICE float threshold() const { return -INFINITY; }
     CUTLASS_DEVICE int32_t* words() const { return nullptr; }
@@ -88,7 +88,7 @@ class MaskWalk {
               work.tile * params.mask_tile_stride),
           must_visit_(params.must_visit),
           must_skip_(params.must_skip),
-          blocks_(reach(params, work.tile)),
+          blocks_(reach(params, (work.tile + 1) * params.tile_queries)),
           all_blocks_(ceil_div(params.tokens_k, kBlockK)),
           lane_(threadIdx.x % 32),
           threshold_(params.thresholds[work.batch]),
@@ -290,14 +290,57 @@ class Ledger {
     bool any_ = false;
 };
 
+// Numbers of rows, taken from a counter as thread blocks come to them, one ahead. The first of paired thread blocks takes those of
+// both.
+template <class Config>
+class Counter {
+    static constexpr int kCluster = Config::kCluster;
+
+  public:
+    CUTLASS_DEVICE Counter(int* counter, SharedStorage<Config>& shared) : counter_(counter), shared_(shared) {}
+
+    CUTLASS_DEVICE int first() const { return blockIdx.x / kCluster; }
+
+    // Before `next`, as early as can be.
+    CUTLASS_DEVICE void take() {
+        if (threadIdx.x % 32 != 0) { return; }
+        if constexpr (!Config::kPaired) {
+            taken_ = atomicAdd(counter_, 1);
+        } else {
+            int const place = shared_.taken.place(n_);
+            CopyBarrier::arrive_and_expect_tx(&shared_.taken.full[place], sizeof(int));
+            if (blockIdx.x % kCluster != 0) { return; }
+            int const taken = atomicAdd(counter_, 1);
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < kCluster; ++i) {
+                cute::store_shared_remote(
+                    taken, cute::cast_smem_ptr_to_uint(&shared_.row[place]),
+                    cute::cast_smem_ptr_to_uint(&shared_.taken.full[place]), i);
+            }
+        }
+    }
+
+    CUTLASS_DEVICE int next() {
+        int const thread_blocks = gridDim.x / kCluster;
+        if constexpr (!Config::kPaired) { return __shfl_sync(~0u, taken_, 0) + thread_blocks; }
+        shared_.taken.wait_full(n_);
+        return shared_.row[shared_.taken.place(n_++)] + thread_blocks;
+    }
+
+  private:
+    int* counter_;
+    SharedStorage<Config>& shared_;
+    int taken_;
+    uint32_t n_ = 0;
+};
+
 // Plans the thread block's rows, some steps ahead of those who fetch and compute them, and settles the steps of before.
 // `skipped`: words (batch, heads, tiles, words of a row) for notes; null without summaries.
 template <class Config>
 CUTLASS_DEVICE void plan(RowParams const& params, int32_t* skipped, SharedStorage<Config>& shared) {
     constexpr bool kTracks = Config::kTracking != Tracking::kNone;
-    using Walk = cute::conditional_t<kTracks, MaskWalk<Config::kSummaries>, DenseWalk>;
+    using Walk = cute::conditional_t<kTracks, MaskWalk<Config::kSummaries>, DenseWalk<Config::kCluster>>;
     constexpr int kBlocks = Config::kBlocks;
-    constexpr int kCluster = Config::kCluster;
     bool const leader = threadIdx.x % 32 == 0;
     int const rows = params.tiles * params.heads * params.batch;
 
@@ -318,13 +361,15 @@ CUTLASS_DEVICE void plan(RowParams const& params, int32_t* skipped, SharedStorag
         ++n;
     };
 
-    // Rows are taken from a counter as thread blocks come to them, one ahead. Pairs, whose rows are all alike, take turns.
-    auto take = [&] { return !Config::kPaired && leader ? atomicAdd(params.counter, 1) : 0; };
-    int taken = take();
-    for (int row = blockIdx.x / kCluster; row < rows;) {
+    if constexpr (kTracks && Config::kSummaries == 0) { cudaGridDependencySynchronize(); }  // rows are in order
+    Counter<Config> counter(params.counter, shared);
+    // Of a pair of causal tiles the thread blocks have the longer one in turns.
+    int place_in_pair = blockIdx.x;
+    for (int row = counter.first(); row < rows; row = counter.next(), ++place_in_pair) {
+        counter.take();
         StepOf<Config> step{};
-        locate(params, kTracks && params.order != nullptr ? params.order[row] : row, step.work);
-        step.work.tile = step.work.tile * kCluster + blockIdx.x % kCluster;
+        locate(params, kTracks ? params.order[row] : row, step.work);
+        step.work.tile = step.work.tile * Config::kCluster + place_in_pair % Config::kCluster;
         int32_t* notes = nullptr;
         if constexpr (Config::kSummaries > 0) {
             int64_t const head = static_cast<int64_t>(step.work.batch) * params.heads + step.work.head;
@@ -335,20 +380,23 @@ CUTLASS_DEVICE void plan(RowParams const& params, int32_t* skipped, SharedStorag
         step.work.threshold = walk.threshold();
         step.words = walk.words();
         step.forced = walk.forced();
-        // The first tile holds what is over, so that only there something is hidden (but for causal rows).
-        int blocks = walk.visits() - (step.work.steps - 1) * kBlocks;
+        // Tiles of one block less at the end, so that no product is of nothing. What is still missing then the first tile lacks, so that
+        // only there something is hidden (but for causal rows).
+        int const missing = step.work.steps * kBlocks - walk.visits();
+        step.work.narrow_steps = min(missing, step.work.steps - 1);
         for (int i = 0; i < step.work.steps; ++i) {
-            CUTLASS_PRAGMA_UNROLL
-            for (int b = 0; b < kBlocks; ++b) { step.visit.block[b] = b < blocks ? walk.next() : -1; }
             step.first = i == 0;
             step.last = i == step.work.steps - 1;
+            int const blocks = i == 0 ? kBlocks - missing + step.work.narrow_steps
+                                      : kBlocks - (i >= step.work.steps - step.work.narrow_steps);
+            CUTLASS_PRAGMA_UNROLL
+            for (int b = 0; b < kBlocks; ++b) { step.visit.block[b] = b < blocks ? walk.next() : -1; }
             if constexpr (Config::kSummaries > 0) {
                 step.last = step.last && walk.summary_tiles() == 0;
                 step.summary_tiles = walk.summary_tiles();
                 step.summaries.block = -1;
             }
             publish(step);
-            blocks = kBlocks;
         }
         walk.finish();
         if constexpr (Config::kSummaries > 0) {
@@ -359,12 +407,6 @@ CUTLASS_DEVICE void plan(RowParams const& params, int32_t* skipped, SharedStorag
                 step.last = --step.summary_tiles == 0;
                 publish(step);
             });
-        }
-        if constexpr (!Config::kPaired) {
-            row = __shfl_sync(~0u, taken, 0) + gridDim.x;
-            taken = take();
-        } else {
-            row += gridDim.x / kCluster;
         }
     }
     StepOf<Config> end{};

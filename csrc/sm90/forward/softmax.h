@@ -112,39 +112,39 @@ class Softmax {
     template <class Scores>
     CUTLASS_DEVICE void first(Scores const& scores, uint32_t (&weights)[kBlocks * 16]) {
         float rescale[2];
-        Offsets const offsets = raise(scores, rescale);
-        look(scores);
-        exponents(scores, offsets, weights);
+        Offsets const offsets = raise<kBlocks>(scores, rescale);
+        look<kBlocks>(scores);
+        exponents<kBlocks>(scores, offsets, weights);
         add();
     }
 
-    // A later tile. True where earlier weights are to be multiplied by `rescale`.
-    template <class Scores>
+    // A later tile, of kCount blocks; the weights of others are 0. True where earlier weights are to be multiplied by `rescale`.
+    template <int kCount, class Scores>
     CUTLASS_DEVICE bool step(Scores const& scores, uint32_t (&weights)[kBlocks * 16], float (&rescale)[2]) {
         Offsets offsets = {offset_[0], offset_[1]};
         bool raised = false;
         // A loop, though it runs once or twice: with a copy of the exponents in a branch the compiler serializes the products.
         CUTLASS_PRAGMA_NO_UNROLL
         while (true) {
-            look(scores);
-            exponents(scores, offsets, weights);
+            look<kCount>(scores);
+            exponents<kCount>(scores, offsets, weights);
             bool light = true;
             bool fits = true;
             CUTLASS_PRAGMA_UNROLL
             for (int r = 0; r < 2; ++r) {
                 float mass = mass_[0][r];
                 CUTLASS_PRAGMA_UNROLL
-                for (int b = 1; b < kBlocks; ++b) { mass += mass_[b][r]; }
+                for (int b = 1; b < kCount; ++b) { mass += mass_[b][r]; }
                 // NaN does not fit: no offset yet, or NaN among the scores.
                 fits = fits && mass <= kLargest<Element>;
                 light = light && mass <= fminf(kHeavy * (sum_[r] + 1.0f), kLargest<Element>);
             }
             if (raised || __all_sync(~0u, light)) { break; }
             if (__all_sync(~0u, fits)) {
-                sum_as_rounded(weights);
+                sum_as_rounded<kCount>(weights);
                 break;
             }
-            offsets = raise(scores, rescale);
+            offsets = raise<kCount>(scores, rescale);
             raised = true;
         }
         add();
@@ -288,30 +288,30 @@ class Softmax {
     }
 
     // Independent chains of work: two warps a scheduler hide no latency.
-    template <class Body>
+    template <int kCount = kBlocks, class Body>
     CUTLASS_DEVICE static void for_all(Body body) {
         CUTLASS_PRAGMA_UNROLL
-        for (int b = 0; b < kBlocks; ++b) {
+        for (int b = 0; b < kCount; ++b) {
             body(b, 0);
             body(b, 1);
         }
     }
 
     // Raises the offsets to the largest scores seen. Returns the offsets of this tile: 0 where all scores are -inf.
-    template <class Scores>
+    template <int kCount, class Scores>
     CUTLASS_DEVICE Offsets raise(Scores const& scores, float (&rescale)[2]) {
-        float most[kBlocks][2];
-        for_all([&](int b, int r) { most[b][r] = scores(score_place(b, 0, r)); });
+        float most[kCount][2];
+        for_all<kCount>([&](int b, int r) { most[b][r] = scores(score_place(b, 0, r)); });
         CUTLASS_PRAGMA_UNROLL
         for (int i = 1; i < 16; ++i) {
-            for_all([&](int b, int r) { most[b][r] = Max{}(most[b][r], scores(score_place(b, i, r))); });
+            for_all<kCount>([&](int b, int r) { most[b][r] = Max{}(most[b][r], scores(score_place(b, i, r))); });
         }
         float largest[2];
         CUTLASS_PRAGMA_UNROLL
         for (int r = 0; r < 2; ++r) {
             largest[r] = most[0][r];
             CUTLASS_PRAGMA_UNROLL
-            for (int b = 1; b < kBlocks; ++b) { largest[r] = Max{}(largest[r], most[b][r]); }
+            for (int b = 1; b < kCount; ++b) { largest[r] = Max{}(largest[r], most[b][r]); }
         }
         return raise_to(largest, scale_log2_, rescale);
     }
@@ -336,12 +336,14 @@ class Softmax {
     }
 
     // Weights of the scores, and what the rules want to know of each block.
-    template <class Scores>
+    template <int kCount, class Scores>
     CUTLASS_DEVICE void exponents(Scores const& scores, Offsets const& offsets, uint32_t (&weights)[kBlocks * 16]) {
         for_all([&](int b, int r) { most_[b][r] = mass_[b][r] = 0.0f; });
         CUTLASS_PRAGMA_UNROLL
+        for (int i = kCount * 16; i < kBlocks * 16; ++i) { weights[i] = 0; }
+        CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 8; ++i) {
-            for_all([&](int b, int r) {
+            for_all<kCount>([&](int b, int r) {
                 float const low = exp2f(scores(score_place(b, 2 * i, r)) * scale_log2_ - offsets.row[r]);
                 float const high = exp2f(scores(score_place(b, 2 * i + 1, r)) * scale_log2_ - offsets.row[r]);
                 mass_[b][r] += low;
@@ -355,17 +357,18 @@ class Softmax {
     }
 
     // Makes up for what rounding does to the weights of this tile.
+    template <int kCount>
     CUTLASS_DEVICE void sum_as_rounded(uint32_t const (&weights)[kBlocks * 16]) {
-        float lost[kBlocks][2];
-        for_all([&](int b, int r) { lost[b][r] = mass_[b][r]; });
+        float lost[kCount][2];
+        for_all<kCount>([&](int b, int r) { lost[b][r] = mass_[b][r]; });
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 8; ++i) {
-            for_all([&](int b, int r) {
+            for_all<kCount>([&](int b, int r) {
                 float2 const pair = unpack(weights[score_place(b, 2 * i, r) / 2], Element{});
                 lost[b][r] -= pair.x + pair.y;
             });
         }
-        for_all([&](int b, int r) {
+        for_all<kCount>([&](int b, int r) {
             lost_[r] += lost[b][r];
             sum_[r] -= lost[b][r];
         });
@@ -373,7 +376,7 @@ class Softmax {
 
     // Looks, before the exponents, at the scores of rows of which the rule `mass` cannot tell: a block counts for all unless all its
     // scores are -inf.
-    template <class Scores>
+    template <int kCount, class Scores>
     CUTLASS_DEVICE void look(Scores const& scores) {
         if constexpr (by_mass(kTracking)) {
             counts_ = ignored_ = 0;
@@ -381,7 +384,7 @@ class Softmax {
             // Not a constant to the compiler, which would compare every score before it knows whether that is asked for.
             float hidden;
             asm volatile("mov.b32 %0, 0xff800000;" : "=f"(hidden));
-            for_all([&](int b, int r) {
+            for_all<kCount>([&](int b, int r) {
                 bool nothing = true;
                 CUTLASS_PRAGMA_UNROLL
                 for (int i = 0; i < 16; ++i) { nothing = nothing && scores(score_place(b, i, r)) == hidden; }
