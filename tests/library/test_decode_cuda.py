@@ -14,8 +14,8 @@ from lite_attention.ranges import unpack_bits
 from lite_attention.tiles import DECODE_BLOCK, ceil_div, mask_words
 
 DEVICE = torch.device("cuda", 0)
-SEGMENT = 4096
-"""Keys that one thread block works on at a time."""
+SEGMENT = 2048
+"""Keys of a part of a row that visits everything."""
 MARGIN = 0.02
 """Log2 units from the threshold within which a decision may fall either way."""
 OUT_TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -189,6 +189,11 @@ SHAPES = {
     "length 0 is padding": Shape((100, 0, 0)),
     "one off a segment": Shape((SEGMENT - 1, SEGMENT, SEGMENT + 1)),
     "many segments": Shape((3 * SEGMENT + 17, 5), kv_heads=1),
+    "lists of several chunks": Shape((36000,), kv_heads=1, group=2, head_dim=64),
+    "three key heads": Shape((300, 2500), kv_heads=3, group=1, head_dim=64),
+    "six key heads": Shape((300, 2500), kv_heads=6, group=1, head_dim=64),
+    "eight key heads": Shape((700, 2500), kv_heads=8, group=2),
+    "more key heads than lanes": Shape((40, 600), kv_heads=40, group=1, head_dim=64),
     "one head a group": Shape((300, 5000), group=1),
     "three heads a group": Shape((600,), group=3, head_dim=64),
     "seven heads a group": Shape((600,), group=7),

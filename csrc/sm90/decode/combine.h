@@ -1,120 +1,142 @@
 // SPDX-License-Identifier: MIT
-// The end of a sequence's key head: whoever attends to its last unit puts all of them together, in their order, and notes in the
-// state which blocks mattered. Runs in the consumers.
+// The last kernel of a decode step: the parts of a row's key head are put together, in their order, and the state notes which
+// blocks mattered. A thread block takes a chunk of a row and key head; that of the first chunk also writes the result.
 #pragma once
 
-#include "storage.h"
+#include "work.h"
 
 namespace lite_attention::sm90 {
 
-// Sets the bits of the blocks that were visited: whether the share of a query head was above the threshold. The number of
-// blocks that this warp saw visited. `lse`: of the query head lane % heads, in log2 units.
-template <class Config>
-CUTLASS_DEVICE int update_mask(
-    int32_t* mask, uint32_t const* visited, float const* masses, float lse, int words, int group, int heads, float threshold) {
-    int const lane = threadIdx.x % kWarp;
-    float const limit = lane % heads < group ? threshold + lse : INFINITY;
-    // Several words at a time: each takes long to come.
-    constexpr int kAtOnce = 8;
-    int count = 0;
-    for (int first = threadIdx.x / kWarp % Config::kConsumers * kAtOnce; first < words; first += Config::kConsumers * kAtOnce) {
-        uint32_t visits[kAtOnce];
-        uint32_t before[kAtOnce];
-        bool keeps[kAtOnce] = {};
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) {
-            visits[i] = first + i < words ? visited[first + i] : 0;
-            before[i] = first + i < words ? mask[first + i] : 0;
-        }
-        for (int head = 0; head < heads; head += 2) {
-            float const low = __shfl_sync(~0u, limit, head);
-            float const high = __shfl_sync(~0u, limit, head + 1);
+constexpr int kCombineWarps = 8;
+
+// Log2 of the sum of a row's key head over its parts, for the query head lane % heads. Runs in a warp.
+//
+//   lses   (chunks, kChunkParts, heads)
+//   parts  of each chunk
+CUTLASS_DEVICE float sum_of_parts(float const* lses, int const* parts, int chunks, int heads) {
+    LogSum sum;
+#pragma unroll 8
+    for (int i = threadIdx.x % kWarp; i < chunks * kChunkParts * heads; i += kWarp) {
+        int const place = i / heads;
+        sum.add(place % kChunkParts < parts[place / kChunkParts] ? lses[i] : -INFINITY);
+    }
+    sum.join_lanes(heads, kWarp);
+    return sum.log2();
+}
+
+// Writes the output of a row's key head. Runs in a whole thread block. `lse`: of the query head lane % heads, in log2 units.
+template <class Element>
+CUTLASS_DEVICE void join_parts(
+    KernelParams const& params, int row, int kv_head, int const* parts, int chunks, float const* lses, float const* outs, float lse) {
+    constexpr int kThreads = kCombineWarps * kWarp;
+    static_assert(kThreads % (kMaxGroup / 2) == 0);  // a thread has the same pair of heads in all of its channels
+    DecodeParams const& call = params.call;
+    int const heads = params.workspace.heads;
+    int const head_pairs = heads / 2;
+    int const head = threadIdx.x % head_pairs * 2;
+    float2 const lse_of_heads{__shfl_sync(~0u, lse, head), __shfl_sync(~0u, lse, head + 1)};
+    int const items = call.head_dim * head_pairs;
+    Element* const out = static_cast<Element*>(call.out) + row * call.out_row_stride +
+                         (kv_head * params.group + head) * call.out_head_stride;
+    for (int item = threadIdx.x; item < items; item += kThreads) {
+        float2 sum{};
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+            // All parts of a chunk at a time: each takes long to come.
+            float2 of_part[kChunkParts];
+            float2 part[kChunkParts];
             CUTLASS_PRAGMA_UNROLL
-            for (int i = 0; i < kAtOnce; ++i) {
-                if (visits[i] >> lane & 1) {
-                    int64_t const block = (first + i) * kWordBlocks + lane;
-                    float2 const mass = *reinterpret_cast<float2 const*>(masses + block * heads + head);
-                    keeps[i] |= mass.x > low || mass.y > high;
+            for (int i = 0; i < kChunkParts; ++i) {
+                bool const exists = i < parts[chunk];
+                int64_t const place = chunk * kChunkParts + i;
+                of_part[i] = exists ? *reinterpret_cast<float2 const*>(lses + place * heads + head) : float2{-INFINITY, -INFINITY};
+                part[i] = exists ? reinterpret_cast<float2 const*>(outs)[place * items + item] : float2{};
+            }
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < kChunkParts; ++i) {
+                if (i < parts[chunk]) {
+                    sum.x += exp2f(of_part[i].x - lse_of_heads.x) * part[i].x;
+                    sum.y += exp2f(of_part[i].y - lse_of_heads.y) * part[i].y;
                 }
             }
         }
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kAtOnce; ++i) {
-            uint32_t const kept = __ballot_sync(~0u, keeps[i]);
-            if (lane == 0 && first + i < words) { mask[first + i] = (before[i] & ~visits[i]) | kept; }
-            count += __popc(visits[i]);
-        }
+        int const channel = item / head_pairs;
+        if (head < params.group) { out[channel] = static_cast<Element>(sum.x); }
+        if (head + 1 < params.group) { out[call.out_head_stride + channel] = static_cast<Element>(sum.y); }
     }
-    return count;
 }
 
-// A unit of work that is attended to.
-struct Ended {
-    int row = -1;  // none
-    int kv_head;
-    int units;  // of the sequence's key head
-    int length;
-    bool tracked;
-};
-
-// Puts together the units of the sequence's key head of which this was the last.
 template <class Config>
-CUTLASS_DEVICE void combine(KernelParams const& params, Ended const& unit, int thread) {
-    using Element = typename Config::Element;
-    constexpr int kThreads = Config::kConsumers * kWarp;
+__global__ void __launch_bounds__(kCombineWarps * kWarp) combine_kernel(__grid_constant__ KernelParams const params) {
+    extern __shared__ __align__(1024) uint8_t memory[];
+    int* const parts = reinterpret_cast<int*>(memory);  // of each chunk
     DecodeParams const& call = params.call;
     Workspace const& workspace = params.workspace;
-    int const group = params.group;
+    int const chunk = blockIdx.x % workspace.chunks;
+    int64_t const pair = blockIdx.x / workspace.chunks;
+    int const row = pair / call.kv_heads;
+    int const kv_head = pair % call.kv_heads;
+    int const warp = threadIdx.x / kWarp;
+    int const lane = threadIdx.x % kWarp;
     int const heads = workspace.heads;
-    int const lane = thread % kWarp;
-    int64_t const pair = static_cast<int64_t>(unit.row) * call.kv_heads + unit.kv_head;
-    __threadfence();  // what other thread blocks have left is read
+    RowOptions const options(call, row);
+    int const chunks = ceil_div(options.blocks, kChunkBlocks);
+
+    // A lane has a word of the state. The words of a warp are next to each other.
+    constexpr int kAtOnce = kChunkBlocks / kWordBlocks / kCombineWarps;
+    int const words = options.tracked ? ceil_div(max(0, blocks_of_chunk(options.blocks, chunk)), kWordBlocks) : 0;
+    int const share = ceil_div(words, kCombineWarps);
+    int const first_word = chunk * (kChunkBlocks / kWordBlocks);
+    int const first = first_word + warp * share;
+    bool const exists = lane < share && first + lane < first_word + words;
+    int32_t* const mask = call.mask + call.slots[row] * call.mask_slot_stride + kv_head * call.mask_head_stride + first + lane;
+    uint32_t const before = exists ? *mask : 0;
+    cudaGridDependencySynchronize();  // everything is attended to
+    if (chunk > 0 && words == 0) { return; }
+
+    uint32_t visits = 0;
+    if (exists) {
+        int const missing = max(0, (first + lane + 1) * kWordBlocks - options.blocks);  // of the word's blocks
+        visits = options.everything ? ~0u >> missing : workspace.visited[pair * workspace.words + first + lane];
+    }
+    for (int i = threadIdx.x; i < chunks; i += kCombineWarps * kWarp) {
+        int const blocks = blocks_of_chunk(options.blocks, i);
+        parts[i] = parts_of(options.everything ? blocks : workspace.visits[pair * workspace.chunks + i], blocks);
+    }
+    __syncthreads();
     float const* const lses = workspace.lse + pair * workspace.segments * heads;
-    float const lse = sum_parts(lses, unit.units, heads);
-    if (thread < group) { call.lse[static_cast<int64_t>(unit.row) * call.heads + unit.kv_head * group + thread] = lse * kLn2; }
-
-    // A thread has the same pair of heads in all of its channels.
-    int const head_pairs = heads / 2;
-    static_assert(kThreads % (kMaxGroup / 2) == 0);
-    int const head = thread % head_pairs * 2;
-    float2 const lse_of_heads{__shfl_sync(~0u, lse, head), __shfl_sync(~0u, lse, head + 1)};
-    int const items = call.head_dim * head_pairs;
-    auto const* const parts = reinterpret_cast<float2 const*>(workspace.out) + pair * workspace.segments * items;
-    Element* const out = static_cast<Element*>(call.out) + unit.row * call.out_row_stride +
-                         (unit.kv_head * group + head) * call.out_head_stride;
-    for (int item = thread; item < items; item += kThreads) {
-        float2 sum{};
-#pragma unroll 8
-        for (int i = 0; i < unit.units; ++i) {
-            float2 const of_unit = *reinterpret_cast<float2 const*>(lses + i * heads + head);
-            float2 const part = parts[static_cast<int64_t>(i) * items + item];
-            // A unit of which nothing was visited has left nothing.
-            sum.x += of_unit.x == -INFINITY ? 0.0f : exp2f(of_unit.x - lse_of_heads.x) * part.x;
-            sum.y += of_unit.y == -INFINITY ? 0.0f : exp2f(of_unit.y - lse_of_heads.y) * part.y;
+    float const lse = sum_of_parts(lses, parts, chunks, heads);
+    if (chunk == 0) {
+        if (threadIdx.x < params.group) {
+            call.lse[static_cast<int64_t>(row) * call.heads + kv_head * params.group + threadIdx.x] = lse * kLn2;
         }
-        int const channel = item / head_pairs;
-        if (head < group) { out[channel] = static_cast<Element>(sum.x); }
-        if (head + 1 < group) { out[call.out_head_stride + channel] = static_cast<Element>(sum.y); }
+        join_parts<typename Config::Element>(
+            params, row, kv_head, parts, chunks, lses, workspace.out + pair * workspace.segments * call.head_dim * heads, lse);
     }
 
-    int const blocks = ceil_div(unit.length, kDecodeBlock);
-    int visited = thread == 0 ? blocks : 0;
-    if (unit.tracked) {
-        visited = update_mask<Config>(
-            call.mask + call.slots[unit.row] * call.mask_slot_stride + unit.kv_head * call.mask_head_stride,
-            workspace.visited + pair * workspace.words, workspace.masses + pair * workspace.words * kWordBlocks * heads, lse,
-            ceil_div(blocks, kWordBlocks), group, heads, call.thresholds[unit.row]);
+    // The bits of what was visited: whether the share of a query head was above the threshold.
+    float const* const masses = workspace.masses + (pair * workspace.words + first) * kWordBlocks * heads;
+    float const limit = lane % heads < params.group ? options.threshold + lse : INFINITY;
+    bool keeps[kAtOnce] = {};
+#pragma unroll 2
+    for (int head = 0; head < heads; head += 2) {
+        float const low = __shfl_sync(~0u, limit, head);
+        float const high = __shfl_sync(~0u, limit, head + 1);
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+            bool const is_visited = __shfl_sync(~0u, visits, i) >> lane & 1;
+            int const block = i * kWordBlocks + lane;
+            float2 const none{-INFINITY, -INFINITY};
+            float2 const mass = is_visited ? *reinterpret_cast<float2 const*>(masses + block * heads + head) : none;
+            keeps[i] |= mass.x > low || mass.y > high;
+        }
     }
-    if (lane == 0 && visited > 0) { atomicAdd(&call.visited[unit.row], visited); }
-}
-
-// Counts a unit that a warp has left in the workspace, or several warps before they waited for each other. How many of its
-// sequence's key head were counted before: who uses the number waits for it.
-CUTLASS_DEVICE uint32_t count_unit(KernelParams const& params, int64_t pair) {
-    cudaGridDependencySynchronize();  // the counter is zero
-    uint32_t before;
-    asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(params.workspace.ended + pair) : "memory");
-    return before;
+    uint32_t kept = 0;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+        uint32_t const of_word = __ballot_sync(~0u, keeps[i]);
+        if (lane == i) { kept = of_word; }
+    }
+    if (exists) { *mask = (before & ~visits) | kept; }
 }
 
 }  // namespace lite_attention::sm90

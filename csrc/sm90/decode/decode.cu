@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: MIT
 // Compiled once for each head size (LITE_HEAD_DIM) and type (LITE_BFLOAT16).
+#include <numeric>
+
 #include "../common/device.h"
 #include "../common/tensor_map.h"
+#include "combine.h"
 #include "estimate.h"
 #include "kernel.h"
 #include "launch.h"
+#include "list.h"
 #include "workspace.h"
 
 namespace lite_attention::sm90 {
@@ -19,6 +23,30 @@ bool encode(CUtensorMap& map, DecodeParams const& params, PagedView const& view,
         {box_planes > 1 ? kPlane : params.head_dim, params.page_size, box_planes > 1 ? planes : 1, params.kv_heads, params.pages},
         {view.token_stride, kPlane, view.head_stride, view.page_stride}, {kPlane, kDecodeBlock, box_planes, 1, 1},
         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+}
+
+// How many key heads' summaries one copy brings: as many as a stage takes and lie side by side.
+template <class Config>
+int heads_together(DecodeParams const& params) {
+    bool const adjoin = params.kv_heads == 1 || params.summaries.head_stride == 3 * params.head_dim + 16;
+    return adjoin ? std::gcd(params.kv_heads, EstimateStorage<Config>::kTiles) : 1;
+}
+
+// Launches a kernel that begins while the one before still runs, and waits where it needs it.
+cudaError_t launch_early(
+    void (*kernel)(KernelParams), unsigned thread_blocks, int threads, int shared_bytes, cudaStream_t stream,
+    KernelParams const& params) {
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = thread_blocks;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, params);
 }
 
 template <class Config>
@@ -36,24 +64,30 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     kernel_params.call = params;
     kernel_params.workspace = {
         reinterpret_cast<uint32_t*>(memory),
-        reinterpret_cast<uint32_t*>(memory + layout.ended),
+        reinterpret_cast<int*>(memory + layout.parts),
+        reinterpret_cast<int*>(memory + layout.visits),
         reinterpret_cast<uint32_t*>(memory + layout.visited),
+        reinterpret_cast<Visit*>(memory + layout.list),
         reinterpret_cast<float*>(memory + layout.expected),
         reinterpret_cast<float*>(memory + layout.masses),
         reinterpret_cast<float*>(memory + layout.lse),
         reinterpret_cast<float*>(memory + layout.out),
         layout.words,
+        layout.tiles,
+        layout.chunks,
         layout.segments,
         layout.heads};
     kernel_params.group = params.heads / params.kv_heads;
+    kernel_params.heads_together = heads_together<Config>(params);
     kernel_params.scale_log2 = params.scale * kLog2E;
 
     static_assert(sizeof(SharedStorage<Config>) + kMaxRows * sizeof(int) <= kSharedBytes);
     static_assert(sizeof(EstimateStorage<Config>) + kMaxRows * sizeof(int) <= kSharedBytes);
     int const estimate_bytes = static_cast<int>(sizeof(EstimateStorage<Config>) + params.rows * sizeof(int));
     int const attend_bytes = static_cast<int>(sizeof(SharedStorage<Config>) + params.rows * sizeof(int));
-    int64_t const units = static_cast<int64_t>(layout.segments) * params.kv_heads * params.rows;
-    auto const thread_blocks = static_cast<unsigned>(std::min<int64_t>(units, processors()));
+    int64_t const parts = static_cast<int64_t>(layout.segments) * params.kv_heads * params.rows;  // at most
+    auto const thread_blocks = static_cast<unsigned>(std::min<int64_t>(parts, processors()));
+    auto const chunks = static_cast<unsigned>(params.rows * params.kv_heads * layout.chunks);
 
     cudaError_t error =
         cudaFuncSetAttribute(estimate_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, estimate_bytes);
@@ -61,23 +95,17 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
         error = cudaFuncSetAttribute(attend_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, attend_bytes);
     }
     if (error == cudaSuccess) {
-        constexpr int kWarps = EstimateStorage<Config>::kWarps;
-        estimate_kernel<Config><<<thread_blocks, kWarps * kWarp, estimate_bytes, stream>>>(kernel_params);
+        estimate_kernel<Config>
+            <<<thread_blocks, EstimateStorage<Config>::kThreads, estimate_bytes, stream>>>(kernel_params);
         error = cudaGetLastError();
     }
+    if (error == cudaSuccess) { error = launch_early(list_kernel<Config>, chunks, kListWarps * kWarp, 0, stream, kernel_params); }
     if (error == cudaSuccess) {
-        // Begins while the kernel before still runs, and waits where it needs it.
-        cudaLaunchAttribute early{};
-        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        early.val.programmaticStreamSerializationAllowed = 1;
-        cudaLaunchConfig_t config{};
-        config.gridDim = thread_blocks;
-        config.blockDim = Config::kThreads;
-        config.dynamicSmemBytes = attend_bytes;
-        config.stream = stream;
-        config.attrs = &early;
-        config.numAttrs = 1;
-        error = cudaLaunchKernelEx(&config, attend_kernel<Config>, kernel_params);
+        error = launch_early(attend_kernel<Config>, thread_blocks, Config::kThreads, attend_bytes, stream, kernel_params);
+    }
+    if (error == cudaSuccess) {
+        int const combine_bytes = layout.chunks * static_cast<int>(sizeof(int));
+        error = launch_early(combine_kernel<Config>, chunks, kCombineWarps * kWarp, combine_bytes, stream, kernel_params);
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The first kernel of a decode step: what the blocks of sequences that skip weigh, by their summaries. Each warp takes a segment at
-// a time. The second kernel compares them with what all segments have together.
+// The first kernel of a decode step: what the blocks of rows that skip weigh, by their summaries. Some warps have these brought, in
+// stages of tiles, which are some blocks of a key head; others estimate, each a tile.
 #pragma once
 
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -12,199 +12,204 @@ namespace lite_attention::sm90 {
 // Of `spread`; see lite_attention/reference.py.
 constexpr float kExpectedBend = 4.0f;
 constexpr float kGenerousBend = 8.0f;
-static_assert(kSegmentBlocks % kWarp == 0);
 
 template <class Config>
 struct EstimateStorage {
-    struct OfWarp {
-        Summaries<Config> summaries[2];  // of the blocks at hand, and of the next ones while they come
-        ScoringQuery<Config> query[Config::kHeadTiles];
-        uint8_t const* address[kSegmentBlocks];  // of each block's summary
-        float exact[3][Config::kHeads];  // log2 of the mass of the first block, the newest, and the one before it
-        uint64_t arrived[2];  // barriers of `summaries`
-    };
-    // As many warps as shared memory has room for.
-    static constexpr int kWarps = std::min<int>(16, (kSharedBytes - (kMaxRows + 4) * sizeof(int)) / sizeof(OfWarp));
-    OfWarp of_warp[kWarps];
+    static constexpr int kSize = Config::kHeadDim * Config::kHeadTiles;
+    static constexpr int kWarps = kSize > 384 ? 4 : 8;  // that estimate
+    static constexpr int kTiles = kSize > 128 ? 4 : 8;  // of a stage
+    static constexpr int kTeams = kWarps / kTiles;      // take stages by turns
+    static constexpr int kFetchers = 4;  // warps: one begins a copy every 43 ns, several one every 22 ns
+    static constexpr int kThreads = (kWarps + kFetchers) * kWarp;
+    static_assert(kTiles * kTileBlocks <= kFetchers * kWarp);  // a lane has a block
+    // With room for the padding that `row_bytes` adds.
+    static constexpr int kStageBytes = kTiles * kTileBlocks * (3 * Config::kHeadDim + 16 + 48);
+    // Room is left for thread blocks of the next kernel. A stage is always of the same team, which cannot wait for its next use
+    // before the last is over.
+    static constexpr int kRoom = 216 * 1024 - kWarps * Config::kHeadTiles * static_cast<int>(sizeof(ScoringQuery<Config>));
+    static constexpr int kStages = std::min(8, kRoom / kStageBytes / kTeams * kTeams);
+    static_assert(kStages > 0);
+
+    alignas(128) uint8_t summaries[kStages][kStageBytes];
+    ScoringQuery<Config> query[kWarps][Config::kHeadTiles];
+    Ring<kStages> stages;
     int first_unit[1];  // of each row, and the number of units at the end: rows + 1 of them
 };
 
-// Brings summaries, kBlocks at a time, into the two places by turns. Runs in a warp.
-template <class Config>
-struct SummaryFetcher {
-    typename EstimateStorage<Config>::OfWarp& shared;
-    int summary_bytes;
-    uint32_t fetched = 0;
-    uint32_t taken = 0;
+// A unit of work, which fills a stage: summaries of key heads that lie side by side, and of blocks that follow one another.
+struct SummaryUnit {
+    int row = -1;
+    int blocks;  // of the row
+    int first_block;
+    int first_head;
 
-    CUTLASS_DEVICE void init() {
-        if (threadIdx.x % kWarp == 0) {
-            CopyBarrier::init(&shared.arrived[0], 1);
-            CopyBarrier::init(&shared.arrived[1], 1);
-            cutlass::arch::fence_barrier_init();
+    // Moves to the unit of that number. `unit_blocks`: of each.
+    CUTLASS_DEVICE void go_to(KernelParams const& params, int const* first_unit, int index, int unit_blocks) {
+        DecodeParams const& call = params.call;
+        int const row_now = row_of(first_unit, call.rows, index);
+        if (row_now != row) {
+            row = row_now;
+            blocks = ceil_div(call.seq_lens[row], kDecodeBlock);
         }
-        __syncwarp();
-    }
-
-    // Asks for the summaries at `address`. All lanes must have left the ones that were at their place.
-    CUTLASS_DEVICE void fetch(uint8_t const* const* address) {
-        constexpr int kBlocks = Summaries<Config>::kBlocks;
-        int const lane = threadIdx.x % kWarp;
-        int const place = fetched++ % 2;
-        if (lane == 0) { CopyBarrier::arrive_and_expect_tx(&shared.arrived[place], kBlocks * summary_bytes); }
-        __syncwarp();
-        if (lane < kBlocks) {
-            cute::SM90_BULK_COPY_G2S::copy(
-                address[lane], &shared.arrived[place], shared.summaries[place].row[lane], summary_bytes);
-        }
-    }
-
-    // The ones that were asked for first, once they are there.
-    CUTLASS_DEVICE Summaries<Config> const& take() {
-        int const place = taken % 2;
-        CopyBarrier::wait(&shared.arrived[place], taken / 2 & 1);
-        ++taken;
-        return shared.summaries[place];
+        int const head_sets = call.kv_heads / params.heads_together;
+        int const number = index - first_unit[row];
+        first_block = number / head_sets * unit_blocks;
+        first_head = number % head_sets * params.heads_together;
     }
 };
 
-// Notes what each block of a segment may weigh, and what all of them together probably do. Runs in a warp.
+// Bytes from a block's summaries to the next one's in shared memory: so eight of them begin in banks of their own.
+CUTLASS_DEVICE int row_bytes(int summaries_bytes) { return (summaries_bytes + 31) / 64 * 64 + 32; }
+
+// Has summaries brought, those of several heads at a time: what limits is how many copies begin. Runs in kFetchers warps.
 template <class Config>
-CUTLASS_DEVICE void estimate_segment(
-    KernelParams const& params, typename EstimateStorage<Config>::OfWarp& shared, SummaryFetcher<Config>& fetcher,
-    Place const& place) {
-    using Element = typename Config::Element;
+CUTLASS_DEVICE void fetch_summaries(
+    KernelParams const& params, EstimateStorage<Config>& shared, int first, int end, int fetcher) {
+    using Storage = EstimateStorage<Config>;
+    DecodeParams const& call = params.call;
+    SummaryView const& summaries = call.summaries;
+    int const lane = threadIdx.x % kWarp;
+    int const block_of_unit = lane * Storage::kFetchers + fetcher;
+    int const blocks_of_page = call.page_size / kDecodeBlock;
+    int const unit_blocks = Storage::kTiles / params.heads_together * kTileBlocks;
+    int const bytes = params.heads_together * (3 * call.head_dim + 16);
+
+    SummaryUnit unit;
+    int block;
+    int page;
+    auto const go_to = [&](int index) {
+        unit.go_to(params, shared.first_unit, index, unit_blocks);
+        block = min(unit.first_block + block_of_unit, unit.blocks - 1);  // what does not exist has the summaries of the row's last
+        page = call.block_table[unit.row * call.block_table_stride + block / blocks_of_page];
+    };
+    if (first < end) { go_to(first); }
+    for (int index = first; index < end; ++index) {
+        uint32_t const n = index - first;
+        int const stage = shared.stages.place(n);
+        uint64_t* const full = &shared.stages.full[stage];
+        uint8_t const* const from = summaries.data + page * summaries.page_stride + unit.first_head * summaries.head_stride +
+                                    block % blocks_of_page * summaries.block_stride;
+        if (index + 1 < end) { go_to(index + 1); }  // its pages come meanwhile
+        shared.stages.wait_empty(n);
+        if (lane == 0) { CopyBarrier::arrive_and_expect_tx(full, unit_blocks / Storage::kFetchers * bytes); }
+        __syncwarp();
+        if (block_of_unit < unit_blocks) {
+            cute::SM90_BULK_COPY_G2S::copy(from, full, shared.summaries[stage] + block_of_unit * row_bytes(bytes), bytes);
+        }
+    }
+}
+
+// Notes what each block may weigh, and what those of a tile that are not visited in any case probably do. Runs in kWarps warps.
+template <class Config>
+CUTLASS_DEVICE void estimate(KernelParams const& params, EstimateStorage<Config>& shared, int first, int end) {
+    using Storage = EstimateStorage<Config>;
     DecodeParams const& call = params.call;
     Workspace const& workspace = params.workspace;
+    int const heads = workspace.heads;
+    int const warp = threadIdx.x / kWarp;
     int const lane = threadIdx.x % kWarp;
-    int const blocks_of_page = call.page_size / kDecodeBlock;
-    int const first_block = place.number * kSegmentBlocks;
-    int const end = min(place.blocks, first_block + kSegmentBlocks);
-    auto page_of = [&](int block) { return call.block_table[place.row * call.block_table_stride + block / blocks_of_page]; };
+    int const tile = warp % Storage::kTiles;
+    int const unit_blocks = Storage::kTiles / params.heads_together * kTileBlocks;
+    int const summary_bytes = 3 * call.head_dim + 16;
+    int const of_row = row_bytes(params.heads_together * summary_bytes);
+    int const block_of_unit = tile / params.heads_together * kTileBlocks;  // the tile's first
+    int const at = block_of_unit * of_row + tile % params.heads_together * summary_bytes;
+    auto& query = shared.query[warp];
 
-    int page[kSegmentBlocks / kWarp];
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kSegmentBlocks / kWarp; ++i) {
-        page[i] = page_of(min(first_block + i * kWarp + lane, end - 1));  // what does not exist has the summary of another
-    }
-    __syncwarp();  // the segment before may still be read
-    QueryView<Element> const query(params, place.row, place.kv_head);
-    CUTLASS_PRAGMA_UNROLL
-    for (int tile = 0; tile < Config::kHeadTiles; ++tile) { shared.query[tile].fill(query, tile * kHeadTile); }
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kSegmentBlocks / kWarp; ++i) {
-        int const block = min(first_block + i * kWarp + lane, end - 1);
-        shared.address[i * kWarp + lane] = call.summaries.data + page[i] * call.summaries.page_stride +
-                                           place.kv_head * call.summaries.head_stride +
-                                           block % blocks_of_page * call.summaries.block_stride;
-    }
-    __syncwarp();
-    constexpr int kAtOnce = Summaries<Config>::kBlocks;
-    fetcher.fetch(shared.address);
-    if (first_block + kAtOnce < end) { fetcher.fetch(shared.address + kAtOnce); }
-
-    // What is visited in any case is weighed exactly. The summaries come meanwhile.
-#pragma unroll 1
-    for (int i = 0; i < 3; ++i) {
-        int const block = i == 0 ? 0 : place.blocks - i;
-        if (block < first_block || block >= end) { continue; }
-        auto const* const keys = static_cast<Element const*>(call.key.data) + page_of(block) * call.key.page_stride +
-                                 block % blocks_of_page * kDecodeBlock * call.key.token_stride +
-                                 place.kv_head * call.key.head_stride;
-        int const count = min(kDecodeBlock, place.length - block * kDecodeBlock);
-        CUTLASS_PRAGMA_UNROLL
-        for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
-            float2 const exact =
-                exact_mass<Config>(keys, call.key.token_stride, count, query, tile * kHeadTile, params.scale_log2);
-            if (lane < 4) { *reinterpret_cast<float2*>(&shared.exact[i][tile * kHeadTile + lane * 2]) = exact; }
-        }
-    }
-    __syncwarp();
-
-    float* const masses = workspace.masses + place.pair * workspace.words * kWordBlocks * workspace.heads;
-    LogSum expected_sum[Config::kHeadTiles][2];  // of this thread's blocks
-    for (int first = first_block; first < end; first += kAtOnce) {
-        Summaries<Config> const& summaries = fetcher.take();
-        int const low = first + lane / 4;  // this thread's blocks: this one and 8 further
-        CUTLASS_PRAGMA_UNROLL
-        for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
-            int const head = tile * kHeadTile + lane % 4 * 2;  // this thread's: this one and the next
-            Moments const moments = summaries.moments(shared.query[tile], params.scale_log2, call.head_dim);
-            float expected[4];
+    SummaryUnit unit;
+    int64_t pair = -1;  // whose query that is
+    for (int index = first + warp / Storage::kTiles; index < end; index += Storage::kTeams) {
+        unit.go_to(params, shared.first_unit, index, unit_blocks);
+        int const kv_head = unit.first_head + tile % params.heads_together;
+        int64_t const pair_now = static_cast<int64_t>(unit.row) * call.kv_heads + kv_head;
+        if (pair_now != pair) {
+            pair = pair_now;
+            __syncwarp();  // the query before may still be read
+            QueryView<typename Config::Element> const view(params, unit.row, kv_head);
             CUTLASS_PRAGMA_UNROLL
-            for (int i = 0; i < 2; ++i) {
-                int const block = low + i * 8;
-                bool const exists = block < end;
+            for (int i = 0; i < Config::kHeadTiles; ++i) { query[i].fill(view, i * kHeadTile); }
+            __syncwarp();
+        }
+        uint32_t const n = index - first;
+        int const stage = shared.stages.place(n);
+        shared.stages.wait_full(n);
+        SummaryTile<Config> const summaries{shared.summaries[stage] + at, of_row};
+        Moments moments[Config::kHeadTiles];
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < Config::kHeadTiles; ++i) {
+            moments[i] = summaries.moments(query[i], params.scale_log2, call.head_dim);
+        }
+        __syncwarp();
+        if (lane == 0) { Barrier::arrive(&shared.stages.empty[stage]); }
+
+        int const first_block = unit.first_block + block_of_unit;
+        if (first_block >= unit.blocks) { continue; }
+        float* const masses = workspace.masses + pair * workspace.words * kWordBlocks * heads;
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < Config::kHeadTiles; ++i) {
+            int const head = i * kHeadTile + lane % 4 * 2;  // this thread's: this one and the next
+            float expected[2][2];
+            CUTLASS_PRAGMA_UNROLL
+            for (int b = 0; b < 2; ++b) {
+                int const block = first_block + lane / 4 + b * 8;
                 float may_be[2];
                 CUTLASS_PRAGMA_UNROLL
-                for (int j = 0; j < 2; ++j) {
-                    int const k = 2 * i + j;
+                for (int h = 0; h < 2; ++h) {
+                    int const k = 2 * b + h;
                     auto mass = [&](float bend) {
-                        return log2_of_sum(moments.outlier[k], moments.mean[k] + spread(moments.variance[k], bend));
+                        return log2_of_sum(moments[i].outlier[k], moments[i].mean[k] + spread(moments[i].variance[k], bend));
                     };
-                    expected[k] = exists ? mass(kExpectedBend) : -INFINITY;
-                    may_be[j] = mass(kGenerousBend);
+                    expected[h][b] = is_forced(block, unit.blocks) ? -INFINITY : mass(kExpectedBend);
+                    may_be[h] = mass(kGenerousBend);
                 }
-                if (exists && head < workspace.heads) {
-                    *reinterpret_cast<float2*>(masses + static_cast<int64_t>(block) * workspace.heads + head) = {
-                        may_be[0], may_be[1]};
-                }
-            }
-            CUTLASS_PRAGMA_UNROLL
-            for (int i = 0; i < 2; ++i) {
-                int const block = low + i * 8;
-                if (block < end && place.forced(block)) {
-                    float2 const exact = *reinterpret_cast<float2 const*>(
-                        &shared.exact[block == 0 ? 0 : place.blocks - block][tile * kHeadTile + lane % 4 * 2]);
-                    expected[2 * i] = exact.x;
-                    expected[2 * i + 1] = exact.y;
+                if (block < unit.blocks && head < heads) {
+                    *reinterpret_cast<float2*>(masses + static_cast<int64_t>(block) * heads + head) = {may_be[0], may_be[1]};
                 }
             }
+            float of_tile[2];
             CUTLASS_PRAGMA_UNROLL
-            for (int j = 0; j < 4; ++j) { expected_sum[tile][j % 2].add(expected[j]); }
-        }
-        __syncwarp();  // all lanes have left these summaries
-        if (first + 2 * kAtOnce < end) { fetcher.fetch(shared.address + (first + 2 * kAtOnce - first_block)); }
-    }
-    CUTLASS_PRAGMA_UNROLL
-    for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
-        expected_sum[tile][0].join_lanes(4, kWarp);
-        expected_sum[tile][1].join_lanes(4, kWarp);
-        int const head = tile * kHeadTile + lane * 2;
-        if (lane < 4 && head < workspace.heads) {
-            *reinterpret_cast<float2*>(
-                workspace.expected + (place.pair * workspace.segments + place.number) * workspace.heads + head) = {
-                expected_sum[tile][0].log2(), expected_sum[tile][1].log2()};
+            for (int h = 0; h < 2; ++h) {
+                float const largest = fmaxf(-1e30f, join_rows(fmaxf(expected[h][0], expected[h][1]), fmaxf));
+                of_tile[h] =
+                    largest + log2f(join_rows(exp2f(expected[h][0] - largest) + exp2f(expected[h][1] - largest), add));
+            }
+            if (lane < 4 && head < heads) {
+                *reinterpret_cast<float2*>(
+                    workspace.expected + (pair * workspace.tiles + first_block / kTileBlocks) * heads + head) = {
+                    of_tile[0], of_tile[1]};
+            }
         }
     }
 }
 
 template <class Config>
-__global__ void __launch_bounds__(EstimateStorage<Config>::kWarps * kWarp, 1)
+__global__ void __launch_bounds__(EstimateStorage<Config>::kThreads, 1)
     estimate_kernel(__grid_constant__ KernelParams const params) {
+    using Storage = EstimateStorage<Config>;
     extern __shared__ __align__(1024) uint8_t memory[];
-    auto& shared = *reinterpret_cast<EstimateStorage<Config>*>(memory);
-    // The second kernel waits where it needs what this one writes.
+    auto& shared = *reinterpret_cast<Storage*>(memory);
+    // The next kernel waits where it needs what this one writes.
     cudaTriggerProgrammaticLaunchCompletion();
-    DecodeParams const& call = params.call;
-    int const first = blockIdx.x * blockDim.x + threadIdx.x;
-    for (int i = first; i < call.rows * call.kv_heads; i += gridDim.x * blockDim.x) { params.workspace.ended[i] = 0; }
-    if (first == 0) { *params.workspace.drawn = 0; }
-
-    number_units(call, shared.first_unit, [&](int row) {
-        return visits_everything(call, row) ? 0 : segments_of(call.seq_lens[row]);
+    int const thread = blockIdx.x * blockDim.x + threadIdx.x;
+    for (int row = thread; row < params.call.rows; row += gridDim.x * blockDim.x) { params.workspace.parts[row] = 0; }
+    if (thread == 0) { *params.workspace.drawn = 0; }
+    if (threadIdx.x == blockDim.x - 1) {  // first threads look at the first rows meanwhile
+        shared.stages.init(Storage::kFetchers, Storage::kTiles);
+        cutlass::arch::fence_barrier_init();
+    }
+    int const unit_blocks = Storage::kTiles / params.heads_together * kTileBlocks;
+    number_units(params.call, shared.first_unit, [&](int, RowOptions const& row) {
+        return row.everything ? 0 : ceil_div(row.blocks, unit_blocks) * (params.call.kv_heads / params.heads_together);
     });
-    int const units = shared.first_unit[call.rows];
-    constexpr int kWarps = EstimateStorage<Config>::kWarps;
-    auto& of_warp = shared.of_warp[threadIdx.x / kWarp];
-    SummaryFetcher<Config> fetcher{of_warp, 3 * call.head_dim + 16};
-    fetcher.init();
-    // Thread blocks have equally many but for one, and neighbouring warps neighbouring key heads, whose summaries lie side by side.
-    auto first_of = [&](int64_t thread_block) { return static_cast<int>(thread_block * units / gridDim.x); };
-    int const end = first_of(blockIdx.x + 1);
-    for (int index = first_of(blockIdx.x) + threadIdx.x / kWarp; index < end; index += kWarps) {
-        Place const place(call, shared.first_unit, index);
-        estimate_segment<Config>(params, of_warp, fetcher, place);
+    // Thread blocks have equally many but for one.
+    int64_t const units = shared.first_unit[params.call.rows];
+    int const first = static_cast<int>(blockIdx.x * units / gridDim.x);
+    int const end = static_cast<int>((blockIdx.x + 1) * units / gridDim.x);
+    int const warp = threadIdx.x / kWarp;
+    if (warp < Storage::kWarps) {
+        estimate(params, shared, first, end);
+    } else {
+        fetch_summaries(params, shared, first, end, warp - Storage::kWarps);
     }
 }
 

@@ -1,53 +1,98 @@
 // SPDX-License-Identifier: MIT
-// The second kernel of a decode step. Some warps list what a unit of work visits, one warp has it fetched, others attend to it
-// together, each with a softmax of its own.
+// The third kernel of a decode step. Some warps look up what a part visits, one warp has it fetched, others attend to it together,
+// each with a softmax of its own. What it leaves of each part the next kernel puts together.
 #pragma once
 
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
-#include "combine.h"
 #include "mma.h"
+#include "storage.h"
 
 namespace lite_attention::sm90 {
 
-CUTLASS_DEVICE int segments_of_unit(bool everything) { return everything ? 1 : kSkippingSegments; }
+// The parts of a row.
+CUTLASS_DEVICE int parts_of_row(KernelParams const& params, int row, RowOptions const& options) {
+    if (options.everything) { return params.call.kv_heads * ceil_div(options.blocks, kSegmentBlocks); }
+    cudaGridDependencySynchronize();  // the lists are there
+    return params.workspace.parts[row];
+}
 
-// The units of a thread block in their order, for those who work on what the planners list: the n-th is planner n modulo
-// kPlanners'. `action` gets the unit.
-template <class Config, class Action>
-CUTLASS_DEVICE void for_each_unit(SharedStorage<Config>& shared, Action action) {
-    for (uint32_t n = 0;; ++n) {
-        int const planner = shared.units.place(n);
-        shared.units.wait_full(n);
-        Unit<Config> const& unit = shared.unit[planner];
-        if (unit.row < 0) { break; }
-        action(unit);
-        Barrier::arrive(&shared.units.empty[planner]);
+// The part of a row, `index` among all of its parts. They are ordered by their place first (in rows that skip, by their chunk), so
+// that neighbours are of neighbouring key heads, which lie side by side. Runs in a warp.
+CUTLASS_DEVICE Part find_part(KernelParams const& params, int row, RowOptions const& options, int index) {
+    int const kv_heads = params.call.kv_heads;
+    Part part{row, 0, 0, 0, 0, 0, options.length, options.tracked};
+    auto const cut = [&](int visits, int parts) {
+        part.first = part_begin(visits, part.number, parts);
+        part.blocks = part_begin(visits, part.number + 1, parts) - part.first;
+    };
+    if (options.everything) {
+        part.kv_head = index % kv_heads;
+        part.chunk = index / kv_heads / kChunkParts;
+        part.number = index / kv_heads % kChunkParts;
+        int const blocks = blocks_of_chunk(options.blocks, part.chunk);
+        cut(blocks, parts_of(blocks, blocks));
+        return part;
+    }
+    cudaGridDependencySynchronize();  // the lists are there
+    int const lane = threadIdx.x % kWarp;
+    int const lists = kv_heads * ceil_div(options.blocks, kChunkBlocks);
+    for (int first = 0;; first += kWarp) {
+        int const chunk = (first + lane) / kv_heads;
+        int const kv_head = (first + lane) % kv_heads;
+        bool const exists = first + lane < lists;
+        int64_t const pair = static_cast<int64_t>(row) * kv_heads + kv_head;
+        int const visits = exists ? params.workspace.visits[pair * params.workspace.chunks + chunk] : 0;
+        int const parts = exists ? parts_of(visits, blocks_of_chunk(options.blocks, chunk)) : 0;
+        int const end = sum_of_lanes_before(parts) + parts;
+        uint32_t const behind = __ballot_sync(~0u, index < end);
+        if (behind == 0) {
+            index -= __shfl_sync(~0u, end, kWarp - 1);
+            continue;
+        }
+        int const source = __ffs(behind) - 1;
+        part.kv_head = (first + source) % kv_heads;
+        part.chunk = (first + source) / kv_heads;
+        part.number = index - __shfl_sync(~0u, end - parts, source);
+        cut(__shfl_sync(~0u, visits, source), __shfl_sync(~0u, parts, source));
+        return part;
     }
 }
 
-// The first units of each thread block, about half of its work, are dealt out: who draws waits for the counter.
-template <class Config>
-CUTLASS_DEVICE uint32_t dealt_units(int units) {
-    return max(Config::kPlanners, units / static_cast<int>(2 * gridDim.x));
+// The parts of a thread block in their order, for those who work on what the planners look up: the n-th is planner n modulo
+// kPlanners'. `action` gets the unit, and leaves it.
+template <class Config, class Action>
+CUTLASS_DEVICE void for_each_unit(SharedStorage<Config>& shared, Action action) {
+    for (uint32_t n = 0;; ++n) {
+        shared.units.wait_full(n);
+        Unit<Config> const& unit = shared.unit[shared.units.place(n)];
+        if (unit.part.row < 0) { break; }
+        action(unit);
+    }
 }
 
-// Takes the n-th unit of a thread block, the next that none has taken. It waits as long as too much is listed, and for its turn:
-// otherwise who fetches unit n could wait for it while its planner waits for later ones to be fetched. `expected`: blocks that it
-// will probably visit. `first`: the first unit that is drawn. A number from `units` on means that there are no more.
+// The first parts of each thread block, about half of its work, are dealt out: who draws waits for the counter.
 template <class Config>
-CUTLASS_DEVICE int draw_unit(SharedStorage<Config>& shared, uint32_t* drawn, uint32_t n, int first, int units, int expected) {
+CUTLASS_DEVICE uint32_t dealt_parts(int parts) {
+    return max(Config::kPlanners, parts / static_cast<int>(2 * gridDim.x));
+}
+
+// Takes the n-th part of a thread block, the next that none has taken. It waits as long as too much is listed, and for its turn:
+// otherwise who fetches part n could wait for it while its planner waits for later ones to be fetched. `expected`: blocks that it
+// will probably visit. `first`: the first part that is drawn. A number from `parts` on means that there are no more.
+template <class Config>
+CUTLASS_DEVICE int draw_part(SharedStorage<Config>& shared, uint32_t* drawn, uint32_t n, int first, int parts, int expected) {
     while (atomicAdd(&shared.turn, 0) != n || atomicAdd(&shared.backlog, 0) >= kBacklog) { __nanosleep(100); }
     cudaGridDependencySynchronize();  // the counter is zero
     int const index = first + atomicAdd(drawn, 1);
-    if (index < units) { atomicAdd(&shared.backlog, expected); }
+    if (index < parts) { atomicAdd(&shared.backlog, expected); }
     __threadfence_block();
     atomicExch(&shared.turn, n + 1);
     return index;
 }
 
-// Lists what units of work visit. Runs in kPlanners warps. What is read of the device's memory is asked for at once as far as can be.
+// Looks up what parts visit. Runs in kPlanners warps. What is read of the device's memory is asked for at once as far as can be.
 template <class Config>
 CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shared) {
     using Element = typename Config::Element;
@@ -56,107 +101,66 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
     int const warp = threadIdx.x / kWarp;
     int const lane = threadIdx.x % kWarp;
     int const blocks_of_page = call.page_size / kDecodeBlock;
-    int const heads = workspace.heads;
-    int const units = shared.first_unit[call.rows];
-    uint32_t const dealt = dealt_units<Config>(units);
+    int const parts = shared.first_part[call.rows];
+    uint32_t const dealt = dealt_parts<Config>(parts);
     Unit<Config>& unit = shared.unit[warp];
 
     int expected = 0;  // blocks that are in the backlog before they are listed
-    int total = 0;
+    int blocks = 0;
     for (uint32_t n = warp;; n += Config::kPlanners) {
         int index = blockIdx.x + n * gridDim.x;
         shared.units.wait_empty(n);
         if (n >= dealt) {
-            expected = total;
-            if (lane == 0) { index = draw_unit(shared, workspace.drawn, n, dealt * gridDim.x, units, expected); }
+            expected = blocks;
+            if (lane == 0) { index = draw_part(shared, workspace.drawn, n, dealt * gridDim.x, parts, expected); }
             index = __shfl_sync(~0u, index, 0);
         }
-        if (index >= units) {
-            if (lane == 0) { unit.row = -1; }
+        if (index >= parts) {
+            if (lane == 0) { unit.part.row = -1; }
             Barrier::arrive(&shared.units.full[warp]);
             break;
         }
-        Place const place(call, shared.first_unit, index);
-        int const segments = segments_of_unit(place.everything);
-        int const unit_words = segments * (kSegmentBlocks / kWordBlocks);
-        int const first_word = place.number * unit_words;
-        int const words = min(unit_words, ceil_div(place.blocks, kWordBlocks) - first_word);
-        auto const block_of = [&](int word) { return (first_word + word) * kWordBlocks + lane; };
+        int const row = row_of(shared.first_part, call.rows, index);
+        RowOptions const options(call, row);
+        Part const part = find_part(params, row, options, index - shared.first_part[row]);
+        blocks = part.blocks;
 
-        int page[kUnitWords];
-        bool visit[kUnitWords];
+        int64_t const pair = static_cast<int64_t>(row) * call.kv_heads + part.kv_head;
+        int const first_block = part.chunk * kChunkBlocks;
+        Visit const* const list = workspace.list + pair * workspace.words * kWordBlocks + first_block;
+        Visit visits[kSegmentBlocks / kWarp];
         CUTLASS_PRAGMA_UNROLL
-        for (int w = 0; w < kUnitWords; ++w) {
-            visit[w] = w < words && block_of(w) < place.blocks;
-            page[w] = visit[w] ? call.block_table[place.row * call.block_table_stride + block_of(w) / blocks_of_page] : 0;
+        for (int i = 0; i < kSegmentBlocks / kWarp; ++i) {
+            int const at = part.first + i * kWarp + lane;
+            if (i * kWarp + lane >= blocks) { break; }
+            int const block = first_block + at;
+            visits[i] = options.everything
+                            ? Visit{call.block_table[row * call.block_table_stride + block / blocks_of_page], block}
+                            : list[at];
         }
-        uint32_t mattered = ~0u;  // of lanes that are words
-        if (!place.everything && lane < words) {
-            int32_t const* const of_slot = call.mask + call.slots[place.row] * call.mask_slot_stride;
-            mattered = of_slot[place.kv_head * call.mask_head_stride + first_word + lane];
-        }
-        QueryView<Element> const query(params, place.row, place.kv_head);
+        QueryView<Element> const query(params, row, part.kv_head);
         constexpr int kVector = 8;  // channels that are copied at a time
         constexpr int kRowVectors = Config::kHeadDim / kVector;
+        constexpr int kQueryVectors = Config::kHeads * kRowVectors / kWarp;  // of a lane
+        uint4 of_query[kQueryVectors];
         CUTLASS_PRAGMA_UNROLL
-        for (int i = lane; i < Config::kHeads * kRowVectors; i += kWarp) {
-            int const head = i / kRowVectors;
-            int const channel = i % kRowVectors * kVector;
-            *reinterpret_cast<uint4*>(unit.query + head * Config::kQueryRow + channel) = query.load(head, channel);
+        for (int i = 0; i < kQueryVectors; ++i) {
+            int const vector = i * kWarp + lane;
+            of_query[i] = query.load(vector / kRowVectors, vector % kRowVectors * kVector);
         }
-
-        if (!place.everything) {
-            cudaGridDependencySynchronize();  // the estimates are there
-            float const mass = sum_parts(
-                workspace.expected + place.pair * workspace.segments * heads, segments_of(place.length), heads);
-            // The least log2 of a mass that is worth a visit, for the head lane % heads.
-            float const limit = lane % heads < params.group ? place.threshold + mass : INFINITY;
-            float const* const masses = workspace.masses + place.pair * workspace.words * kWordBlocks * heads;
-            bool matters[kUnitWords];
-            CUTLASS_PRAGMA_UNROLL
-            for (int w = 0; w < kUnitWords; ++w) {
-                uint32_t const word = __shfl_sync(~0u, mattered, w);  // by all lanes, so not behind `||`
-                matters[w] = place.forced(block_of(w)) || (word >> lane & 1);
-            }
-#pragma unroll 2
-            for (int head = 0; head < heads; head += 2) {
-                float const low = __shfl_sync(~0u, limit, head);
-                float const high = __shfl_sync(~0u, limit, head + 1);
-                CUTLASS_PRAGMA_UNROLL
-                for (int w = 0; w < kUnitWords; ++w) {
-                    int64_t const block = visit[w] ? block_of(w) : 0;
-                    float2 const may_be = *reinterpret_cast<float2 const*>(masses + block * heads + head);
-                    matters[w] |= may_be.x > low || may_be.y > high;
-                }
-            }
-            CUTLASS_PRAGMA_UNROLL
-            for (int w = 0; w < kUnitWords; ++w) { visit[w] &= matters[w]; }
-        }
-
-        total = 0;
         CUTLASS_PRAGMA_UNROLL
-        for (int w = 0; w < kUnitWords; ++w) {
-            uint32_t const word = __ballot_sync(~0u, visit[w]);
-            if (visit[w]) {
-                int const i = total + __popc(word & ((1u << lane) - 1));
-                unit.page[i] = page[w];
-                unit.block[i] = w * kWordBlocks + lane;
-            }
-            if (lane == 0 && place.tracked && w < words) {
-                workspace.visited[place.pair * workspace.words + first_word + w] = word;
-            }
-            total += __popc(word);
+        for (int i = 0; i < kSegmentBlocks / kWarp; ++i) {
+            if (i * kWarp + lane < blocks) { unit.list[i * kWarp + lane] = visits[i]; }
+        }
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kQueryVectors; ++i) {
+            int const vector = i * kWarp + lane;
+            int const at = vector / kRowVectors * Config::kQueryRow + vector % kRowVectors * kVector;
+            *reinterpret_cast<uint4*>(unit.query + at) = of_query[i];
         }
         if (lane == 0) {
-            unit.row = place.row;
-            unit.kv_head = place.kv_head;
-            unit.number = place.number;
-            unit.units = units_of(place.length, segments);
-            unit.first_block = first_word * kWordBlocks;
-            unit.length = place.length;
-            unit.blocks = total;
-            unit.tracked = place.tracked;
-            atomicAdd(&shared.backlog, total - expected);
+            unit.part = part;
+            atomicAdd(&shared.backlog, blocks - expected);
         }
         Barrier::arrive(&shared.units.full[warp]);
     }
@@ -171,13 +175,13 @@ CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& sha
     int const blocks_of_page = params.call.page_size / kDecodeBlock;
     uint32_t fetched = 0;
     for_each_unit(shared, [&](Unit<Config> const& unit) {
-        int const blocks = unit.blocks;
-        int const kv_head = unit.kv_head;
+        int const blocks = unit.part.blocks;
+        int const kv_head = unit.part.kv_head;
         for (int first = 0; first < blocks; first += kLanes) {
             int const i = first + lane;
             if (lane < kLanes && i < blocks) {
-                int const page = unit.page[i];
-                int const token = (unit.first_block + unit.block[i]) % blocks_of_page * kDecodeBlock;
+                int const page = unit.list[i].page;
+                int const token = unit.list[i].block % blocks_of_page * kDecodeBlock;
                 int const stage = shared.stages.place(fetched + i);
                 uint64_t* const full = &shared.stages.full[stage];
                 shared.stages.wait_empty(fetched + i);
@@ -202,10 +206,11 @@ CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& sha
             if (lane == 0) { atomicSub(&shared.backlog, min(kLanes, blocks - first)); }
         }
         fetched += blocks;
+        leave(shared, unit);
     });
 }
 
-// What a warp has gathered of a unit.
+// What a warp has gathered of a part.
 template <class Config>
 struct Gathered {
     static constexpr int kTiles = Config::kHeadDim / 16;
@@ -224,7 +229,7 @@ struct Gathered {
     }
 };
 
-// The queries of a unit as second operands. They stay in registers as long as there are enough.
+// The queries of a part as second operands. They stay in registers as long as there are enough.
 template <class Config>
 class QueryOperands {
   public:
@@ -352,7 +357,7 @@ CUTLASS_DEVICE void share(SharedStorage<Config>& shared, Gathered<Config> const&
     }
 }
 
-// Puts together what the warps have gathered of a unit and shared. Runs in the consumers.
+// Puts together what the warps have gathered of a part and shared. Runs in the consumers.
 template <class Config>
 CUTLASS_DEVICE void merge(
     KernelParams const& params, SharedStorage<Config>& shared, int64_t part, Gathered<Config> const& gathered, int thread) {
@@ -401,7 +406,8 @@ CUTLASS_DEVICE void merge(
             if (channel < head_dim && head < heads) {
                 *reinterpret_cast<float2*>(workspace.out + (part * head_dim + channel) * heads + head) = sum;
             }
-            sync_consumers<Config>();
+            // Behind the last slice the next part's barrier does.
+            if (tile < Config::kHeadTiles - 1 || slice < Config::kPlanes - 1) { sync_consumers<Config>(); }
         }
     }
 }
@@ -414,26 +420,17 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
     int const warp = thread / kWarp;
     int const lane = thread % kWarp;
     uint32_t fetched = 0;
-    Ended ended;           // the unit before
-    uint32_t counted = 0;  // of thread 0: how many of its sequence's were counted before it
-    // Whether the unit before was its sequence's last. The number is asked for long before it is needed.
-    auto const ends = [&](uint32_t number) {
-        bool& last = shared.last[number % 2];
-        if (thread == 0) { last = ended.row >= 0 && counted == ended.units - 1; }
-        sync_consumers<Config>();
-        return last;
-    };
-    uint32_t number = 0;
     for_each_unit(shared, [&](Unit<Config> const& unit) {
-        int const blocks = unit.blocks;
+        Part const part = unit.part;
+        int const blocks = part.blocks;
 
         QueryOperands<Config> const query(unit);
-        int64_t const pair = static_cast<int64_t>(unit.row) * params.call.kv_heads + unit.kv_head;
+        int64_t const pair = static_cast<int64_t>(part.row) * params.call.kv_heads + part.kv_head;
         float* const masses = workspace.masses + pair * workspace.words * kWordBlocks * heads;
         Gathered<Config> gathered;
         for (int i = warp; i < blocks; i += Config::kConsumers) {
-            int const block = unit.first_block + unit.block[i];
-            int const keys = unit.length - block * kDecodeBlock;
+            int const block = unit.list[i].block;
+            int const keys = part.length - block * kDecodeBlock;
             int const stage = shared.stages.place(fetched + i);
             auto* const value = shared.value + stage * Config::kStageElements;
             shared.stages.wait_full(fetched + i);
@@ -450,33 +447,26 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
             attend<Config>(
                 gathered, cute::cast_smem_ptr_to_uint(shared.key + stage * Config::kStageElements),
                 cute::cast_smem_ptr_to_uint(value), query, keys, params.scale_log2,
-                unit.tracked ? masses + static_cast<int64_t>(block) * heads : nullptr, heads);
+                part.tracked ? masses + static_cast<int64_t>(block) * heads : nullptr, heads);
             __syncwarp();
             if (lane == 0) { Barrier::arrive(&shared.stages.empty[stage]); }
         }
         fetched += blocks;
 
+        leave(shared, unit);
         share(shared, gathered, warp);
-        bool const last = ends(number++);
-        int64_t const part = pair * workspace.segments + unit.number;
-        if (blocks > 0) {
-            merge(params, shared, part, gathered, thread);
-        } else if (thread < heads) {
-            workspace.lse[part * heads + thread] = -INFINITY;
-        }
-        __syncwarp();
-        if (thread == 0) { counted = count_unit(params, pair); }
-        if (last) { combine<Config>(params, ended, thread); }
-        ended = {unit.row, unit.kv_head, unit.units, unit.length, unit.tracked};
+        sync_consumers<Config>();
+        merge(params, shared, pair * workspace.segments + part.chunk * kChunkParts + part.number, gathered, thread);
     });
-    if (ends(number)) { combine<Config>(params, ended, thread); }
 }
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1) attend_kernel(__grid_constant__ KernelParams const params) {
     extern __shared__ __align__(1024) uint8_t memory[];
     auto& shared = *reinterpret_cast<SharedStorage<Config>*>(memory);
-    if (threadIdx.x == 0) {
+    // The next kernel waits where it needs what this one writes.
+    cudaTriggerProgrammaticLaunchCompletion();
+    if (threadIdx.x == blockDim.x - 1) {  // first threads look at the first rows meanwhile
         shared.units.init(kWarp, (Config::kConsumers + 1) * kWarp);
         shared.stages.init(1, 1);
         shared.backlog = 0;
@@ -484,10 +474,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attend_kernel(__grid_cons
         cute::prefetch_tma_descriptor(&params.key);
         cute::prefetch_tma_descriptor(&params.value);
     }
-    number_units(params.call, shared.first_unit, [&](int row) {
-        return units_of(params.call.seq_lens[row], segments_of_unit(visits_everything(params.call, row)));
+    number_units(params.call, shared.first_part, [&](int row, RowOptions const& options) {
+        return parts_of_row(params, row, options);
     });
-    if (threadIdx.x == 0) { shared.turn = dealt_units<Config>(shared.first_unit[params.call.rows]); }
+    if (threadIdx.x == 0) { shared.turn = dealt_parts<Config>(shared.first_part[params.call.rows]); }
     __syncthreads();
     int const warp = threadIdx.x / kWarp;
     if (warp < Config::kPlanners) {
@@ -497,6 +487,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attend_kernel(__grid_cons
     } else {
         fetch(params, shared);
     }
+    cudaGridDependencySynchronize();  // who waits for this kernel has waited for those before
 }
 
 }  // namespace lite_attention::sm90

@@ -13,7 +13,10 @@ namespace lite_attention::sm90 {
 
 constexpr int kDecodeBlock = 16;     // keys that are scored and skipped together
 constexpr int kWordBlocks = 32;      // blocks of a word of the mask
-constexpr int kSegmentBlocks = 128;  // blocks of a sequence that a thread block works on at a time
+constexpr int kTileBlocks = 16;      // blocks that are estimated together
+constexpr int kSegmentBlocks = 128;  // blocks of a part that a thread block attends to, at most
+constexpr int kChunkBlocks = 2048;   // blocks of a row's key head that are listed together
+constexpr int kChunkParts = kChunkBlocks / kSegmentBlocks;  // at most
 constexpr int kMaxGroup = 16;        // query heads of a key head
 constexpr int kMaxRows = 1024;
 

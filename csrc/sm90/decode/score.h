@@ -72,20 +72,17 @@ struct Moments {
     float variance[4];  // of their scores, in squared log2 units
 };
 
-// The summaries of 16 blocks, in shared memory, as the first operands: a thread holds eight channels of every 32 of two blocks,
-// lane / 4 and the one 8 further.
+// The summaries of kTileBlocks blocks, in shared memory, as the first operands: a thread holds eight channels of every 32 of two
+// blocks, lane / 4 and the one 8 further.
 template <class Config>
-struct Summaries {
-    // A row has its summary and 16 bytes more: so its eight neighbours begin in other banks, whatever the head size.
-    static constexpr int kRowBytes = 3 * Config::kHeadDim + 32;
-    static constexpr int kBlocks = 16;
-
-    alignas(16) uint8_t row[kBlocks][kRowBytes];
+struct SummaryTile {
+    uint8_t const* first;
+    int row_bytes;  // from one to the next
 
     // Channels that do not exist are those of others: the query has zeros there.
     CUTLASS_DEVICE Moments moments(ScoringQuery<Config> const& query, float scale_log2, int head_dim) const {
         int const lane = threadIdx.x % kWarp;
-        uint8_t const* const of_block[2] = {row[lane / 4], row[lane / 4 + 8]};
+        uint8_t const* const of_block[2] = {first + lane / 4 * row_bytes, first + (lane / 4 + 8) * row_bytes};
         float of_outlier[4] = {};
         float of_mean[4] = {};
         float of_deviation[4] = {};

@@ -6,6 +6,26 @@
 
 namespace lite_attention::sm90 {
 
+// A part of what is visited of a chunk.
+struct Part {
+    int row;  // -1: no work is left
+    int kv_head;
+    int chunk;
+    int number;    // among those of the chunk
+    int first;     // of its blocks among those of the chunk that are visited
+    int blocks;
+    int length;    // keys of the row
+    bool tracked;  // whether the state is updated
+};
+
+// A part to be attended to.
+template <class Config>
+struct Unit {
+    Part part;
+    Visit list[kSegmentBlocks];
+    alignas(16) typename Config::Element query[Config::kHeads * Config::kQueryRow];
+};
+
 template <class Config>
 struct SharedStorage {
     using Element = typename Config::Element;
@@ -14,17 +34,22 @@ struct SharedStorage {
     Ring<Config::kStages> stages;
     Unit<Config> unit[Config::kPlanners];
     Ring<Config::kPlanners> units;
-    uint32_t turn;  // which unit may be taken next
+    uint32_t turn;  // which part may be taken next
     int backlog;    // blocks that are listed, or soon will be, and not fetched yet
 
     // Between the consumers.
     float max[Config::kConsumers][Config::kHeads];
     float sum[Config::kConsumers][Config::kHeads];
     float2 slice[Config::kConsumers][Config::kSlice * kHeadTile / 2];
-    bool last[2];  // whether a unit was the last of its sequence's key head, of every other unit
 
-    int first_unit[1];  // of each row, and the number of units at the end: rows + 1 of them
+    int first_part[1];  // of each row, and the number of parts at the end: rows + 1 of them
 };
+
+// Tells a unit's planner that a lane of those who work on it does not need it any more.
+template <class Config>
+CUTLASS_DEVICE void leave(SharedStorage<Config>& shared, Unit<Config> const& unit) {
+    Barrier::arrive(&shared.units.empty[&unit - shared.unit]);
+}
 
 template <class Config>
 CUTLASS_DEVICE void sync_consumers() {

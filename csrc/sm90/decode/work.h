@@ -1,23 +1,33 @@
 // SPDX-License-Identifier: MIT
-// What the kernels of a decode step share: their arguments, and how the work is cut in units, each one or several segments of a
-// sequence and one key head. They begin at places that the row alone decides, so what it gets does not depend on its batch.
+// What the kernels of a decode step share: their arguments, and how the work is cut in units, of a row and one key head each: where
+// they begin and end the row alone decides, so what it gets does not depend on its batch.
 #pragma once
 
 #include "config.h"
 
 namespace lite_attention::sm90 {
 
-// What thread blocks leave for others.
+// A block that is visited.
+struct alignas(8) Visit {
+    int page;
+    int block;
+};
+
+// What thread blocks leave for others. Visits are noted of rows that skip only: others visit everything.
 struct Workspace {
-    uint32_t* drawn;    // units that were taken beside each thread block's first ones
-    uint32_t* ended;    // (rows, kv_heads) units that are attended to
-    uint32_t* visited;  // (rows, kv_heads, words) blocks that were visited
-    float* expected;    // (rows, kv_heads, segments, heads) log2 of the mass that a segment probably has
+    uint32_t* drawn;    // parts that were taken beside each thread block's first ones
+    int* parts;         // (rows,) of all key heads
+    int* visits;        // (rows, kv_heads, chunks) how many blocks are visited
+    uint32_t* visited;  // (rows, kv_heads, words) a bit for each block
+    Visit* list;        // (rows, kv_heads, blocks) those of a chunk that are visited come first
+    float* expected;    // (rows, kv_heads, tiles, heads) log2 of the mass that a tile's blocks but the forced ones probably have
     float* masses;      // (rows, kv_heads, blocks, heads) log2 of the mass that a block may have; once it is visited, that it has
-    float* lse;         // (rows, kv_heads, segments, heads) of a unit, in log2 units
-    float* out;         // (rows, kv_heads, segments, head_dim, heads) of a unit; not written where its lse is -inf
+    float* lse;         // (rows, kv_heads, segments, heads) of a part, in log2 units
+    float* out;         // (rows, kv_heads, segments, head_dim, heads) of a part; not written where its lse is -inf
 
     int words;
+    int tiles;
+    int chunks;
     int segments;
     int heads;  // of a key head, rounded up: see workspace.h
 };
@@ -29,11 +39,21 @@ struct KernelParams {
     int box_planes;
     DecodeParams call;
     Workspace workspace;
-    int group;  // query heads of a key head
+    int group;           // query heads of a key head
+    int heads_together;  // key heads whose summaries are brought at once
     float scale_log2;
 };
 
-CUTLASS_DEVICE int segments_of(int length) { return max(1, ceil_div(length, kSegmentBlocks * kDecodeBlock)); }
+// Blocks of a chunk of a row that has `blocks`.
+CUTLASS_DEVICE int blocks_of_chunk(int blocks, int chunk) { return min(kChunkBlocks, blocks - chunk * kChunkBlocks); }
+
+// In how many parts what is visited of a chunk is cut, all of about the same size. `blocks`: of the chunk.
+CUTLASS_DEVICE int parts_of(int visits, int blocks) {
+    return min(ceil_div(visits, kPartBlocks), ceil_div(blocks, kSegmentBlocks));
+}
+
+// Where one of them begins.
+CUTLASS_DEVICE int part_begin(int visits, int number, int parts) { return visits / parts * number + min(visits % parts, number); }
 
 // The query heads of a row's key head.
 template <class Element>
@@ -77,78 +97,64 @@ struct LogSum {
     CUTLASS_DEVICE float log2() const { return largest + log2f(sum); }
 };
 
-// Log2 of the sum of all parts of a row's key head, for the query head lane % heads. `values`: (parts, heads). Runs in a warp.
-CUTLASS_DEVICE float sum_parts(float const* values, int parts, int heads) {
-    LogSum sum;
-#pragma unroll 4
-    for (int i = threadIdx.x % kWarp; i < parts * heads; i += kWarp) { sum.add(values[i]); }
-    sum.join_lanes(heads, kWarp);
-    return sum.log2();
-}
-
-// Whether a row's state is updated.
-CUTLASS_DEVICE bool tracks(DecodeParams const& call, int row) {
-    return call.thresholds[row] != -INFINITY && call.seq_lens[row] > 0;
-}
-
-// Whether a row visits all of its blocks.
-CUTLASS_DEVICE bool visits_everything(DecodeParams const& call, int row) { return !tracks(call, row) || call.visit_all[row]; }
-
-// Units of a row and key head. `segments`: of a unit.
-CUTLASS_DEVICE int units_of(int length, int segments) { return ceil_div(segments_of(length), segments); }
-
-// A unit of work and what is to be known of its row.
-struct Place {
-    int row;
-    int kv_head;
-    int number;  // among those of the row and key head
-    int64_t pair;  // number of the row and key head
+// What a call wants of a row. All of it is asked for at once: each takes long to come.
+struct RowOptions {
     int length;
-    int blocks;
     float threshold;
-    bool tracked;
+    bool tracked;     // whether the state is updated
     bool everything;  // whether all blocks are visited
+    int blocks;
 
-    // `first_unit`: see number_units.
-    CUTLASS_DEVICE Place(DecodeParams const& call, int const* first_unit, int index) {
-        row = 0;
-        for (int end = call.rows; row + 1 < end;) {
-            int const middle = (row + end) / 2;
-            (first_unit[middle] <= index ? row : end) = middle;
-        }
-        kv_head = (index - first_unit[row]) % call.kv_heads;
-        number = (index - first_unit[row]) / call.kv_heads;
-        pair = static_cast<int64_t>(row) * call.kv_heads + kv_head;
+    CUTLASS_DEVICE RowOptions(DecodeParams const& call, int row) {
+        bool const visit_all = call.visit_all[row];
         length = max(0, call.seq_lens[row]);
-        blocks = ceil_div(length, kDecodeBlock);
         threshold = call.thresholds[row];
-        tracked = tracks(call, row);
-        everything = visits_everything(call, row);
+        // Not `&&` and `||`, which would read one after the other.
+        tracked = (threshold != -INFINITY) & (length > 0);
+        everything = !tracked | visit_all;
+        blocks = ceil_div(length, kDecodeBlock);
     }
-
-    // Blocks that are visited whatever they weigh: the first, and the newest two, which may have no summary yet.
-    CUTLASS_DEVICE bool forced(int block) const { return block == 0 || block >= blocks - 2; }
 };
 
-// Fills in which unit of work is the first of each row; behind the last row, how many there are. `count(row)`: how many units
-// each of the row's key heads has. Runs in a whole thread block.
+// Whether a block of a row, or one behind its end, is visited whatever it weighs: the first, and the newest two, which may have no
+// summary yet.
+CUTLASS_DEVICE bool is_forced(int block, int blocks) { return block == 0 || block >= blocks - 2; }
+
+// Which row a unit of work is of. `first_unit`: see number_units.
+CUTLASS_DEVICE int row_of(int const* first_unit, int rows, int index) {
+    int row = 0;
+    for (int end = rows; row + 1 < end;) {
+        int const middle = (row + end) / 2;
+        (first_unit[middle] <= index ? row : end) = middle;
+    }
+    return row;
+}
+
+// The sum of the values of the lanes before this one.
+CUTLASS_DEVICE int sum_of_lanes_before(int value) {
+    int sum = value;
+    CUTLASS_PRAGMA_UNROLL
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+        int const other = __shfl_up_sync(~0u, sum, distance);
+        if (static_cast<int>(threadIdx.x % kWarp) >= distance) { sum += other; }
+    }
+    return sum - value;
+}
+
+// Fills in which unit of work is the first of each row; behind the last row, how many there are. `count(row, options)`: how many
+// units the row has. Runs in a whole thread block.
 template <class Count>
 CUTLASS_DEVICE void number_units(DecodeParams const& call, int* first_unit, Count count) {
-    for (int row = threadIdx.x; row < call.rows; row += blockDim.x) { first_unit[row] = count(row) * call.kv_heads; }
+    for (int row = threadIdx.x; row < call.rows; row += blockDim.x) { first_unit[row] = count(row, RowOptions(call, row)); }
     __syncthreads();
     if (threadIdx.x < kWarp) {
         int before = 0;
         for (int start = 0; start < call.rows; start += kWarp) {
             int const row = start + threadIdx.x;
             int const units = row < call.rows ? first_unit[row] : 0;
-            int sum = units;
-            CUTLASS_PRAGMA_UNROLL
-            for (int distance = 1; distance < kWarp; distance *= 2) {
-                int const other = __shfl_up_sync(~0u, sum, distance);
-                if (static_cast<int>(threadIdx.x) >= distance) { sum += other; }
-            }
-            if (row < call.rows) { first_unit[row] = before + sum - units; }
-            before += __shfl_sync(~0u, sum, kWarp - 1);
+            int const first = before + sum_of_lanes_before(units);
+            if (row < call.rows) { first_unit[row] = first; }
+            before = __shfl_sync(~0u, first + units, kWarp - 1);
         }
         if (threadIdx.x == 0) { first_unit[call.rows] = before; }
     }

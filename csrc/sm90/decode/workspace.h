@@ -11,11 +11,15 @@ namespace lite_attention::sm90 {
 
 struct WorkspaceLayout {
     int words;     // of a row and key head
-    int segments;  // of a row
+    int tiles;     // the same
+    int chunks;    // the same
+    int segments;  // the same
     int heads;     // places for the query heads of a key head: a power of two, and pairs of them are read at a time
     // Offsets in bytes.
-    int64_t ended;
+    int64_t parts;
+    int64_t visits;
     int64_t visited;
+    int64_t list;
     int64_t expected;
     int64_t masses;
     int64_t lse;
@@ -26,15 +30,19 @@ struct WorkspaceLayout {
         constexpr int64_t kSegmentTokens = kSegmentBlocks * kDecodeBlock;
         constexpr int64_t kWordTokens = kWordBlocks * kDecodeBlock;
         words = static_cast<int>((max_tokens + kWordTokens - 1) / kWordTokens);
+        tiles = words * (kWordBlocks / kTileBlocks);
         segments = static_cast<int>(std::max<int64_t>(1, (max_tokens + kSegmentTokens - 1) / kSegmentTokens));
+        chunks = (segments + kChunkParts - 1) / kChunkParts;
         heads = 2;
         while (heads * kv_heads < query_heads) { heads *= 2; }
         int64_t const pairs = rows * kv_heads;
         auto aligned = [](int64_t count) { return (count * 4 + 255) / 256 * 256; };
-        ended = aligned(1);
-        visited = ended + aligned(pairs);
-        expected = visited + aligned(pairs * words);
-        masses = expected + aligned(pairs * segments * heads);
+        parts = aligned(1);
+        visits = parts + aligned(rows);
+        visited = visits + aligned(pairs * chunks);
+        list = visited + aligned(pairs * words);
+        expected = list + aligned(pairs * words * kWordBlocks * 2);
+        masses = expected + aligned(pairs * tiles * heads);
         lse = masses + aligned(pairs * words * kWordBlocks * heads);
         out = lse + aligned(pairs * segments * heads);
         bytes = out + aligned(pairs * segments * head_dim * heads);
