@@ -16,22 +16,25 @@ constexpr float kGenerousBend = 8.0f;
 template <class Config>
 struct EstimateStorage {
     static constexpr int kSize = Config::kHeadDim * Config::kHeadTiles;
-    static constexpr int kWarps = kSize > 384 ? 4 : 8;  // that estimate
+    static constexpr int kWarps = kSize > 384 ? 4 : kSize > 128 ? 8 : 16;  // that estimate
     static constexpr int kTiles = kSize > 128 ? 4 : 8;  // of a stage
     static constexpr int kTeams = kWarps / kTiles;      // take stages by turns
     static constexpr int kFetchers = 4;  // warps: one begins a copy every 43 ns, several one every 22 ns
     static constexpr int kThreads = (kWarps + kFetchers) * kWarp;
     static_assert(kTiles * kTileBlocks <= kFetchers * kWarp);  // a lane has a block
     // With room for the padding that `row_bytes` adds.
-    static constexpr int kStageBytes = kTiles * kTileBlocks * (3 * Config::kHeadDim + 16 + 48);
+    static constexpr int kStageBytes = kTiles * kTileBlocks * (3 * Config::kHeadDim + 16 + 16);
+    // Whether queries stay in registers: the more stages are under way, the faster they come.
+    static constexpr bool kKept = kSize <= 128;
+    using Query = ScoringQuery<Config>[Config::kHeadTiles][kWarp];
     // Room is left for thread blocks of the next kernel. A stage is always of the same team, which cannot wait for its next use
     // before the last is over.
-    static constexpr int kRoom = 216 * 1024 - kWarps * Config::kHeadTiles * static_cast<int>(sizeof(ScoringQuery<Config>));
+    static constexpr int kRoom = 216 * 1024 - (kKept ? 0 : kWarps * static_cast<int>(sizeof(Query)));
     static constexpr int kStages = std::min(8, kRoom / kStageBytes / kTeams * kTeams);
     static_assert(kStages > 0);
 
     alignas(128) uint8_t summaries[kStages][kStageBytes];
-    ScoringQuery<Config> query[kWarps][Config::kHeadTiles];
+    std::conditional_t<kKept, char, Query> query[kKept ? 1 : kWarps];
     Ring<kStages> stages;
     int first_unit[1];  // of each row, and the number of units at the end: rows + 1 of them
 };
@@ -114,7 +117,14 @@ CUTLASS_DEVICE void estimate(KernelParams const& params, EstimateStorage<Config>
     int const of_row = row_bytes(params.heads_together * summary_bytes);
     int const block_of_unit = tile / params.heads_together * kTileBlocks;  // the tile's first
     int const at = block_of_unit * of_row + tile % params.heads_together * summary_bytes;
-    auto& query = shared.query[warp];
+    ScoringQuery<Config> kept[Config::kHeadTiles];
+    auto const query = [&](int i) -> ScoringQuery<Config>& {
+        if constexpr (Storage::kKept) {
+            return kept[i];
+        } else {
+            return shared.query[warp][i][lane];
+        }
+    };
 
     SummaryUnit unit;
     int64_t pair = -1;  // whose query that is
@@ -124,11 +134,9 @@ CUTLASS_DEVICE void estimate(KernelParams const& params, EstimateStorage<Config>
         int64_t const pair_now = static_cast<int64_t>(unit.row) * call.kv_heads + kv_head;
         if (pair_now != pair) {
             pair = pair_now;
-            __syncwarp();  // the query before may still be read
             QueryView<typename Config::Element> const view(params, unit.row, kv_head);
             CUTLASS_PRAGMA_UNROLL
-            for (int i = 0; i < Config::kHeadTiles; ++i) { query[i].fill(view, i * kHeadTile); }
-            __syncwarp();
+            for (int i = 0; i < Config::kHeadTiles; ++i) { query(i).fill(view, i * kHeadTile); }
         }
         uint32_t const n = index - first;
         int const stage = shared.stages.place(n);
@@ -137,7 +145,7 @@ CUTLASS_DEVICE void estimate(KernelParams const& params, EstimateStorage<Config>
         Moments moments[Config::kHeadTiles];
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < Config::kHeadTiles; ++i) {
-            moments[i] = summaries.moments(query[i], params.scale_log2, call.head_dim);
+            moments[i] = summaries.moments(query(i), params.scale_log2, call.head_dim);
         }
         __syncwarp();
         if (lane == 0) { Barrier::arrive(&shared.stages.empty[stage]); }

@@ -15,14 +15,14 @@ CUTLASS_DEVICE void widen(uint32_t bytes, __half2& low, __half2& high) {
     high = halves(__byte_perm(bytes, 0x64646464u, 0x4342));
 }
 
-// Eight query heads as the second operands of the products: q, and q squared, of a thread's eight channels of every 32. Each
-// head is divided by its largest magnitude, so that half precision neither overflows nor loses what counts.
+// What a thread holds of eight query heads as the second operands of the products: q, and q squared, of its eight channels of every
+// 32. Each head is divided by its largest magnitude, so that half precision neither overflows nor loses what counts.
 template <class Config>
 struct ScoringQuery {
     static constexpr int kParts = Config::kHeadDim / 32;
-    uint4 linear[kParts][kWarp];
-    uint4 square[kParts][kWarp];
-    float largest[kHeadTile];
+    uint4 linear[kParts];
+    uint4 square[kParts];
+    float largest[2];  // of the heads lane % 4 * 2 and the next
 
     // Called by a warp. `first_head`: of eight.
     CUTLASS_DEVICE void fill(QueryView<typename Config::Element> const& query, int first_head) {
@@ -58,10 +58,11 @@ struct ScoringQuery {
                 of_linear[i] = bits(__float22half2_rn(unit));
                 of_square[i] = bits(__float22half2_rn({unit.x * unit.x, unit.y * unit.y}));
             }
-            linear[part][lane] = {of_linear[0], of_linear[1], of_linear[2], of_linear[3]};
-            square[part][lane] = {of_square[0], of_square[1], of_square[2], of_square[3]};
+            linear[part] = {of_linear[0], of_linear[1], of_linear[2], of_linear[3]};
+            square[part] = {of_square[0], of_square[1], of_square[2], of_square[3]};
         }
-        if (lane % 4 == 0) { largest[head] = of_head; }
+        CUTLASS_PRAGMA_UNROLL
+        for (int h = 0; h < 2; ++h) { largest[h] = __shfl_sync(~0u, of_head, (lane % 4 * 2 + h) * 4); }
     }
 };
 
@@ -89,8 +90,8 @@ struct SummaryTile {
         CUTLASS_PRAGMA_UNROLL
         for (int part = 0; part < Config::kHeadDim / 32; ++part) {
             int const channel = min(part * 32 + lane % 4 * 8, head_dim - 8);
-            uint4 const linear = query.linear[part][lane];
-            uint4 const square = query.square[part][lane];
+            uint4 const linear = query.linear[part];
+            uint4 const square = query.square[part];
             __half2 wide[2][4];
             // Bytes as the first operand: signed ones come with their sign's bit flipped, so that all are 0 to 255.
             auto load = [&](int kind, uint32_t flipped, float zero) {
@@ -127,7 +128,7 @@ struct SummaryTile {
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 4; ++i) {
             float4 const scales = *reinterpret_cast<float4 const*>(of_block[i / 2] + 3 * head_dim);
-            float const of_head = query.largest[lane % 4 * 2 + i % 2] * scale_log2;
+            float const of_head = query.largest[i % 2] * scale_log2;
             moments.outlier[i] = of_head * scales.x * of_outlier[i];
             moments.mean[i] = kLogOthers + of_head * scales.y * of_mean[i];
             float const deviation = of_head * scales.z;
