@@ -130,7 +130,7 @@ def engine_time(result: dict[str, Any]) -> str:
                 f"{row['milliseconds']:.1f}",
                 _times(row["speedup"]),
             ]
-            for row in result["rows"]
+            for row in sorted(result["rows"], key=lambda row: row["context"])
         ),
         f"A decode step of vLLM {result['versions']['vllm']} on one {machine['processor']}, default settings, "
         f"{setup['model']} with random weights, {setup['layers']} layers, against {setup['stock']} (FlashAttention 3); "
