@@ -71,32 +71,27 @@ __global__ void __launch_bounds__(kCombineWarps * kWarp) combine_kernel(__grid_c
     int* const parts = reinterpret_cast<int*>(memory);  // of each chunk
     DecodeParams const& call = params.call;
     Workspace const& workspace = params.workspace;
-    int const chunk = blockIdx.x % workspace.chunks;
-    int64_t const pair = blockIdx.x / workspace.chunks;
-    int const row = pair / call.kv_heads;
-    int const kv_head = pair % call.kv_heads;
-    int const warp = threadIdx.x / kWarp;
+    ChunkOfHead const place(params);
+    auto const [chunk, pair, row, kv_head] = place;
     int const lane = threadIdx.x % kWarp;
     int const heads = workspace.heads;
     RowOptions const options(call, row);
     int const chunks = ceil_div(options.blocks, kChunkBlocks);
 
-    // A lane has a word of the state. The words of a warp are next to each other.
-    constexpr int kAtOnce = kChunkBlocks / kWordBlocks / kCombineWarps;
-    int const words = options.tracked ? ceil_div(max(0, blocks_of_chunk(options.blocks, chunk)), kWordBlocks) : 0;
-    int const share = ceil_div(words, kCombineWarps);
-    int const first_word = chunk * (kChunkBlocks / kWordBlocks);
-    int const first = first_word + warp * share;
-    bool const exists = lane < share && first + lane < first_word + words;
-    int32_t* const mask = call.mask + call.slots[row] * call.mask_slot_stride + kv_head * call.mask_head_stride + first + lane;
+    // A lane has a word of the state.
+    constexpr int kAtOnce = kChunkWords / kCombineWarps;
+    int const of_chunk = options.tracked ? blocks_of_chunk(options.blocks, chunk) : 0;
+    WordsOfWarp const words(chunk, of_chunk, kCombineWarps);
+    bool const exists = words.first + lane < words.end;
+    int32_t* const mask = place.mask(call) + words.first + lane;
     uint32_t const before = exists ? *mask : 0;
     cudaGridDependencySynchronize();  // everything is attended to
-    if (chunk > 0 && words == 0) { return; }
+    if (chunk > 0 && of_chunk <= 0) { return; }
 
     uint32_t visits = 0;
     if (exists) {
-        int const missing = max(0, (first + lane + 1) * kWordBlocks - options.blocks);  // of the word's blocks
-        visits = options.everything ? ~0u >> missing : workspace.visited[pair * workspace.words + first + lane];
+        int const missing = max(0, (words.first + lane + 1) * kWordBlocks - options.blocks);  // of the word's blocks
+        visits = options.everything ? ~0u >> missing : workspace.visited[pair * workspace.words + words.first + lane];
     }
     for (int i = threadIdx.x; i < chunks; i += kCombineWarps * kWarp) {
         int const blocks = blocks_of_chunk(options.blocks, i);
@@ -114,7 +109,7 @@ __global__ void __launch_bounds__(kCombineWarps * kWarp) combine_kernel(__grid_c
     }
 
     // The bits of what was visited: whether the share of a query head was above the threshold.
-    float const* const masses = workspace.masses + (pair * workspace.words + first) * kWordBlocks * heads;
+    float const* const masses = workspace.masses + (pair * workspace.words + words.first) * kWordBlocks * heads;
     float const limit = lane % heads < params.group ? options.threshold + lse : INFINITY;
     bool keeps[kAtOnce] = {};
 #pragma unroll 2

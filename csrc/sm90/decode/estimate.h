@@ -24,7 +24,7 @@ struct EstimateStorage {
     static_assert(kTiles * kTileBlocks <= kFetchers * kWarp);  // a lane has a block
     // With room for the padding that `row_bytes` adds.
     static constexpr int kStageBytes = kTiles * kTileBlocks * (3 * Config::kHeadDim + 16 + 16);
-    // Whether queries stay in registers: the more stages are under way, the faster they come.
+    // Whether queries stay in registers, which leaves room for another stage, and saves warps a wait.
     static constexpr bool kKept = kSize <= 128;
     using Query = ScoringQuery<Config>[Config::kHeadTiles][kWarp];
     // Room is left for thread blocks of the next kernel. A stage is always of the same team, which cannot wait for its next use

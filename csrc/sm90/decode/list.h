@@ -8,7 +8,6 @@
 namespace lite_attention::sm90 {
 
 constexpr int kListWarps = 8;
-constexpr int kChunkWords = kChunkBlocks / kWordBlocks;
 constexpr int kForced = 3;  // blocks: see is_forced
 
 // Log2 of each head's mass of the blocks that are visited in any case; -inf where there are not as many. Runs in kForced warps.
@@ -68,10 +67,8 @@ __global__ void __launch_bounds__(kListWarps * kWarp, 4) list_kernel(__grid_cons
     cudaTriggerProgrammaticLaunchCompletion();
     DecodeParams const& call = params.call;
     Workspace const& workspace = params.workspace;
-    int const chunk = blockIdx.x % workspace.chunks;
-    int64_t const pair = blockIdx.x / workspace.chunks;
-    int const row = pair / call.kv_heads;
-    int const kv_head = pair % call.kv_heads;
+    ChunkOfHead const place(params);
+    auto const [chunk, pair, row, kv_head] = place;
     int const warp = threadIdx.x / kWarp;
     int const lane = threadIdx.x % kWarp;
     RowOptions const options(call, row);
@@ -85,21 +82,18 @@ __global__ void __launch_bounds__(kListWarps * kWarp, 4) list_kernel(__grid_cons
     // What is read is asked for at once as far as can be, and before the estimates are there: the words of a warp are next to
     // each other.
     constexpr int kAtOnce = kChunkWords / kListWarps;
-    int const words = ceil_div(of_chunk, kWordBlocks);
-    int const share = ceil_div(words, kListWarps);
-    int const first = chunk * kChunkWords + warp * share;
-    int const last = min(first + share, chunk * kChunkWords + words);
-    auto const block_of = [&](int i) { return (first + i) * kWordBlocks + lane; };
+    WordsOfWarp const words(chunk, of_chunk, kListWarps);
+    auto const block_of = [&](int i) { return (words.first + i) * kWordBlocks + lane; };
     int const blocks_of_page = call.page_size / kDecodeBlock;
     bool exists[kAtOnce];
     int page[kAtOnce];
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kAtOnce; ++i) {
-        exists[i] = first + i < last && block_of(i) < options.blocks;
+        exists[i] = words.first + i < words.end && block_of(i) < options.blocks;
         page[i] = exists[i] ? call.block_table[row * call.block_table_stride + block_of(i) / blocks_of_page] : 0;
     }
-    int32_t const* const mattered_before = call.mask + call.slots[row] * call.mask_slot_stride + kv_head * call.mask_head_stride;
-    uint32_t const mattered = first + lane < last ? mattered_before[first + lane] : 0;
+    int32_t const* const mattered_before = place.mask(call);
+    uint32_t const mattered = words.first + lane < words.end ? mattered_before[words.first + lane] : 0;
     if (warp < kForced) { weigh_forced<Config>(params, row, kv_head, options.length, exact); }
     __syncthreads();
     cudaGridDependencySynchronize();  // the estimates are there
@@ -133,7 +127,7 @@ __global__ void __launch_bounds__(kListWarps * kWarp, 4) list_kernel(__grid_cons
     for (int i = 0; i < kAtOnce; ++i) {
         visited[i] = __ballot_sync(~0u, exists[i] && matters[i]);
         of_warp += __popc(visited[i]);
-        if (lane == i && first + i < last) { workspace.visited[pair * workspace.words + first + i] = visited[i]; }
+        if (lane == i && words.first + i < words.end) { workspace.visited[pair * workspace.words + words.first + i] = visited[i]; }
     }
     if (lane == 0) { counts[warp] = of_warp; }
     __syncthreads();

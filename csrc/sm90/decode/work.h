@@ -44,8 +44,42 @@ struct KernelParams {
     float scale_log2;
 };
 
+constexpr int kChunkWords = kChunkBlocks / kWordBlocks;
+
 // Blocks of a chunk of a row that has `blocks`.
 CUTLASS_DEVICE int blocks_of_chunk(int blocks, int chunk) { return min(kChunkBlocks, blocks - chunk * kChunkBlocks); }
+
+// What a thread block of a kernel over chunks works on: a chunk of a row and key head.
+struct ChunkOfHead {
+    int chunk;
+    int64_t pair;  // row and key head
+    int row;
+    int kv_head;
+
+    CUTLASS_DEVICE explicit ChunkOfHead(KernelParams const& params)
+        : chunk(blockIdx.x % params.workspace.chunks),
+          pair(blockIdx.x / params.workspace.chunks),
+          row(pair / params.call.kv_heads),
+          kv_head(pair % params.call.kv_heads) {}
+
+    // The state's words of the key head.
+    CUTLASS_DEVICE int32_t* mask(DecodeParams const& call) const {
+        return call.mask + call.slots[row] * call.mask_slot_stride + kv_head * call.mask_head_stride;
+    }
+};
+
+// The words of a chunk that a warp has, next to each other. `blocks`: of the chunk, not above 0 where it has none.
+struct WordsOfWarp {
+    int first;
+    int end;
+
+    CUTLASS_DEVICE WordsOfWarp(int chunk, int blocks, int warps) {
+        int const words = ceil_div(max(0, blocks), kWordBlocks);
+        int const share = ceil_div(words, warps);
+        first = chunk * kChunkWords + static_cast<int>(threadIdx.x) / kWarp * share;
+        end = min(first + share, chunk * kChunkWords + words);
+    }
+};
 
 // In how many parts what is visited of a chunk is cut, all of about the same size. `blocks`: of the chunk.
 CUTLASS_DEVICE int parts_of(int visits, int blocks) {
