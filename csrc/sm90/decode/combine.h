@@ -9,70 +9,88 @@ namespace lite_attention::sm90 {
 
 constexpr int kCombineWarps = 8;
 
-// Log2 of the sum of a row's key head over its parts, for the query head lane % heads. Runs in a warp.
+// Writes down at which places parts of a row's key head are, in their order, and how many there are. Runs in a warp.
 //
-//   lses   (chunks, kChunkParts, heads)
-//   parts  of each chunk
-CUTLASS_DEVICE float sum_of_parts(float const* lses, int const* parts, int chunks, int heads) {
-    LogSum sum;
-#pragma unroll 8
-    for (int i = threadIdx.x % kWarp; i < chunks * kChunkParts * heads; i += kWarp) {
-        int const place = i / heads;
-        sum.add(place % kChunkParts < parts[place / kChunkParts] ? lses[i] : -INFINITY);
+//   parts(chunk)  how many a chunk has
+template <class Parts>
+CUTLASS_DEVICE int list_places(int* places, int chunks, Parts parts) {
+    int listed = 0;
+    for (int first = 0; first < chunks; first += kWarp) {
+        int const chunk = first + static_cast<int>(threadIdx.x % kWarp);
+        int const of_chunk = chunk < chunks ? parts(chunk) : 0;
+        int const before = sum_of_lanes_before(of_chunk);
+        for (int i = 0; i < of_chunk; ++i) { places[listed + before + i] = chunk * kChunkSlots + i; }
+        listed += __shfl_sync(~0u, before + of_chunk, kWarp - 1);
     }
+    return listed;
+}
+
+// Log2 of the sum of a row's key head over its parts, for the query head lane % heads. Runs in a warp. `lses`: (slots, heads).
+CUTLASS_DEVICE float sum_of_parts(float const* lses, int const* places, int parts, int heads) {
+    LogSum sum;
+    sum.add_all(parts * heads, [&](int i) { return lses[places[i / heads] * heads + i % heads]; });
     sum.join_lanes(heads, kWarp);
     return sum.log2();
 }
 
-// Writes the output of a row's key head. Runs in a whole thread block. `lse`: of the query head lane % heads, in log2 units.
+// Writes the output of a row's key head. Runs in a whole thread block.
 template <class Element>
 CUTLASS_DEVICE void join_parts(
-    KernelParams const& params, int row, int kv_head, int const* parts, int chunks, float const* lses, float const* outs, float lse) {
+    KernelParams const& params, int row, int kv_head, int const* places, int parts, float const* lses, float const* outs) {
     constexpr int kThreads = kCombineWarps * kWarp;
     static_assert(kThreads % (kMaxGroup / 2) == 0);  // a thread has the same pair of heads in all of its channels
+    constexpr int kAtOnce = 16;                      // each part takes long to come
     DecodeParams const& call = params.call;
     int const heads = params.workspace.heads;
     int const head_pairs = heads / 2;
     int const head = threadIdx.x % head_pairs * 2;
-    float2 const lse_of_heads{__shfl_sync(~0u, lse, head), __shfl_sync(~0u, lse, head + 1)};
     int const items = call.head_dim * head_pairs;
     Element* const out = static_cast<Element*>(call.out) + row * call.out_row_stride +
                          (kv_head * params.group + head) * call.out_head_stride;
     for (int item = threadIdx.x; item < items; item += kThreads) {
+        float2 largest{-1e30f, -1e30f};
+        float2 weight{};
         float2 sum{};
-        for (int chunk = 0; chunk < chunks; ++chunk) {
-            // All parts of a chunk at a time: each takes long to come.
-            float2 of_part[kChunkParts];
-            float2 part[kChunkParts];
+        for (int first = 0; first < parts; first += kAtOnce) {
+            float2 lse[kAtOnce];
+            float2 part[kAtOnce];
+            float2 const before = largest;
             CUTLASS_PRAGMA_UNROLL
-            for (int i = 0; i < kChunkParts; ++i) {
-                bool const exists = i < parts[chunk];
-                int64_t const place = chunk * kChunkParts + i;
-                of_part[i] = exists ? *reinterpret_cast<float2 const*>(lses + place * heads + head) : float2{-INFINITY, -INFINITY};
+            for (int i = 0; i < kAtOnce; ++i) {
+                bool const exists = first + i < parts;
+                int64_t const place = exists ? places[first + i] : 0;
+                lse[i] = exists ? *reinterpret_cast<float2 const*>(lses + place * heads + head) : float2{-INFINITY, -INFINITY};
                 part[i] = exists ? reinterpret_cast<float2 const*>(outs)[place * items + item] : float2{};
             }
             CUTLASS_PRAGMA_UNROLL
-            for (int i = 0; i < kChunkParts; ++i) {
-                if (i < parts[chunk]) {
-                    sum.x += exp2f(of_part[i].x - lse_of_heads.x) * part[i].x;
-                    sum.y += exp2f(of_part[i].y - lse_of_heads.y) * part[i].y;
-                }
+            for (int i = 0; i < kAtOnce; ++i) { largest = {fmaxf(largest.x, lse[i].x), fmaxf(largest.y, lse[i].y)}; }
+            float2 const factor{exp2f(before.x - largest.x), exp2f(before.y - largest.y)};
+            weight = {weight.x * factor.x, weight.y * factor.y};
+            sum = {sum.x * factor.x, sum.y * factor.y};
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < kAtOnce; ++i) {
+                if (first + i >= parts) { break; }
+                float2 const of_part{exp2f(lse[i].x - largest.x), exp2f(lse[i].y - largest.y)};
+                weight = {weight.x + of_part.x, weight.y + of_part.y};
+                sum = {sum.x + of_part.x * part[i].x, sum.y + of_part.y * part[i].y};
             }
         }
         int const channel = item / head_pairs;
-        if (head < params.group) { out[channel] = static_cast<Element>(sum.x); }
-        if (head + 1 < params.group) { out[call.out_head_stride + channel] = static_cast<Element>(sum.y); }
+        if (head < params.group) { out[channel] = static_cast<Element>(parts > 0 ? sum.x / weight.x : 0.0f); }
+        if (head + 1 < params.group) {
+            out[call.out_head_stride + channel] = static_cast<Element>(parts > 0 ? sum.y / weight.y : 0.0f);
+        }
     }
 }
 
 template <class Config>
 __global__ void __launch_bounds__(kCombineWarps * kWarp) combine_kernel(__grid_constant__ KernelParams const params) {
     extern __shared__ __align__(1024) uint8_t memory[];
-    int* const parts = reinterpret_cast<int*>(memory);  // of each chunk
+    int& parts = *reinterpret_cast<int*>(memory);
+    int* const places = &parts + 1;
     DecodeParams const& call = params.call;
     Workspace const& workspace = params.workspace;
-    ChunkOfHead const place(params);
-    auto const [chunk, pair, row, kv_head] = place;
+    auto const [chunk, pair, row, kv_head] = ChunkOfHead(params, blockIdx.x);
     int const lane = threadIdx.x % kWarp;
     int const heads = workspace.heads;
     RowOptions const options(call, row);
@@ -83,7 +101,7 @@ __global__ void __launch_bounds__(kCombineWarps * kWarp) combine_kernel(__grid_c
     int const of_chunk = options.tracked ? blocks_of_chunk(options.blocks, chunk) : 0;
     WordsOfWarp const words(chunk, of_chunk, kCombineWarps);
     bool const exists = words.first + lane < words.end;
-    int32_t* const mask = place.mask(call) + words.first + lane;
+    int32_t* const mask = words_of_mask(call, row, kv_head) + words.first + lane;
     uint32_t const before = exists ? *mask : 0;
     cudaGridDependencySynchronize();  // everything is attended to
     if (chunk > 0 && of_chunk <= 0) { return; }
@@ -93,19 +111,24 @@ __global__ void __launch_bounds__(kCombineWarps * kWarp) combine_kernel(__grid_c
         int const missing = max(0, (words.first + lane + 1) * kWordBlocks - options.blocks);  // of the word's blocks
         visits = options.everything ? ~0u >> missing : workspace.visited[pair * workspace.words + words.first + lane];
     }
-    for (int i = threadIdx.x; i < chunks; i += kCombineWarps * kWarp) {
-        int const blocks = blocks_of_chunk(options.blocks, i);
-        parts[i] = parts_of(options.everything ? blocks : workspace.visits[pair * workspace.chunks + i], blocks);
+    if (threadIdx.x < kWarp) {
+        int const listed = list_places(places, chunks, [&](int i) {
+            int const blocks = blocks_of_chunk(options.blocks, i);
+            if (options.everything) { return parts_of_all(blocks); }
+            int64_t const list = pair * workspace.chunks + i;
+            return parts_of(workspace.known[list], blocks) + parts_of(workspace.found[list], blocks);
+        });
+        if (threadIdx.x == 0) { parts = listed; }
     }
     __syncthreads();
-    float const* const lses = workspace.lse + pair * workspace.segments * heads;
-    float const lse = sum_of_parts(lses, parts, chunks, heads);
+    float const* const lses = workspace.lse + pair * workspace.slots * heads;
     if (chunk == 0) {
-        if (threadIdx.x < params.group) {
-            call.lse[static_cast<int64_t>(row) * call.heads + kv_head * params.group + threadIdx.x] = lse * kLn2;
-        }
         join_parts<typename Config::Element>(
-            params, row, kv_head, parts, chunks, lses, workspace.out + pair * workspace.segments * call.head_dim * heads, lse);
+            params, row, kv_head, places, parts, lses, workspace.out + pair * workspace.slots * call.head_dim * heads);
+    }
+    float const lse = sum_of_parts(lses, places, parts, heads);
+    if (chunk == 0 && threadIdx.x < params.group) {
+        call.lse[static_cast<int64_t>(row) * call.heads + kv_head * params.group + threadIdx.x] = lse * kLn2;
     }
 
     // The bits of what was visited: whether the share of a query head was above the threshold.

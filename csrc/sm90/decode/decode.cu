@@ -7,8 +7,8 @@
 #include "combine.h"
 #include "estimate.h"
 #include "kernel.h"
+#include "known.h"
 #include "launch.h"
-#include "list.h"
 #include "workspace.h"
 
 namespace lite_attention::sm90 {
@@ -63,11 +63,12 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     auto* const memory = static_cast<uint8_t*>(params.workspace);
     kernel_params.call = params;
     kernel_params.workspace = {
-        reinterpret_cast<uint32_t*>(memory),
-        reinterpret_cast<int*>(memory + layout.parts),
-        reinterpret_cast<int*>(memory + layout.visits),
+        reinterpret_cast<Counters*>(memory),
+        reinterpret_cast<int*>(memory + layout.found_parts),
+        reinterpret_cast<int*>(memory + layout.known),
+        reinterpret_cast<int*>(memory + layout.found),
         reinterpret_cast<uint32_t*>(memory + layout.visited),
-        reinterpret_cast<Visit*>(memory + layout.list),
+        reinterpret_cast<int*>(memory + layout.list),
         reinterpret_cast<float*>(memory + layout.expected),
         reinterpret_cast<float*>(memory + layout.masses),
         reinterpret_cast<float*>(memory + layout.lse),
@@ -75,7 +76,7 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
         layout.words,
         layout.tiles,
         layout.chunks,
-        layout.segments,
+        layout.slots,
         layout.heads};
     kernel_params.group = params.heads / params.kv_heads;
     kernel_params.heads_together = heads_together<Config>(params);
@@ -85,8 +86,12 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     static_assert(sizeof(EstimateStorage<Config>) + kMaxRows * sizeof(int) <= kSharedBytes);
     int const estimate_bytes = static_cast<int>(sizeof(EstimateStorage<Config>) + params.rows * sizeof(int));
     int const attend_bytes = static_cast<int>(sizeof(SharedStorage<Config>) + params.rows * sizeof(int));
-    int64_t const parts = static_cast<int64_t>(layout.segments) * params.kv_heads * params.rows;  // at most
+    int64_t const parts = static_cast<int64_t>(layout.slots) * params.kv_heads * params.rows;  // at most
     auto const thread_blocks = static_cast<unsigned>(std::min<int64_t>(parts, processors()));
+    int const known_blocks = std::min(ceil_div(params.rows * params.kv_heads * layout.chunks, kKnownWarps), kKnownThreadBlocks);
+    // Beside those, so that none has to wait for a multiprocessor.
+    int const estimate_blocks = std::max(1, static_cast<int>(thread_blocks) - known_blocks);
+    kernel_params.estimating_warps = estimate_blocks * EstimateStorage<Config>::kWarps;
     auto const chunks = static_cast<unsigned>(params.rows * params.kv_heads * layout.chunks);
 
     cudaError_t error =
@@ -95,16 +100,18 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
         error = cudaFuncSetAttribute(attend_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, attend_bytes);
     }
     if (error == cudaSuccess) {
-        estimate_kernel<Config>
-            <<<thread_blocks, EstimateStorage<Config>::kThreads, estimate_bytes, stream>>>(kernel_params);
+        known_kernel<<<known_blocks, kKnownWarps * kWarp, 0, stream>>>(kernel_params);
         error = cudaGetLastError();
     }
-    if (error == cudaSuccess) { error = launch_early(list_kernel<Config>, chunks, kListWarps * kWarp, 0, stream, kernel_params); }
+    if (error == cudaSuccess) {
+        error = launch_early(
+            estimate_kernel<Config>, estimate_blocks, EstimateStorage<Config>::kThreads, estimate_bytes, stream, kernel_params);
+    }
     if (error == cudaSuccess) {
         error = launch_early(attend_kernel<Config>, thread_blocks, Config::kThreads, attend_bytes, stream, kernel_params);
     }
     if (error == cudaSuccess) {
-        int const combine_bytes = layout.chunks * static_cast<int>(sizeof(int));
+        int const combine_bytes = (1 + layout.chunks * kChunkSlots) * static_cast<int>(sizeof(int));
         error = launch_early(combine_kernel<Config>, chunks, kCombineWarps * kWarp, combine_bytes, stream, kernel_params);
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

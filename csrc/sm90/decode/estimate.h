@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The first kernel of a decode step: what the blocks of rows that skip weigh, by their summaries. Some warps have these brought, in
+// The second kernel of a decode step: what the blocks of rows that skip weigh, by their summaries. Some warps have these brought, in
 // stages of tiles, which are some blocks of a key head; others estimate, each a tile.
 #pragma once
 
@@ -27,10 +27,10 @@ struct EstimateStorage {
     // Whether queries stay in registers, which leaves room for another stage, and saves warps a wait.
     static constexpr bool kKept = kSize <= 128;
     using Query = ScoringQuery<Config>[Config::kHeadTiles][kWarp];
-    // Room is left for thread blocks of the next kernel. A stage is always of the same team, which cannot wait for its next use
-    // before the last is over.
-    static constexpr int kRoom = 216 * 1024 - (kKept ? 0 : kWarps * static_cast<int>(sizeof(Query)));
-    static constexpr int kStages = std::min(8, kRoom / kStageBytes / kTeams * kTeams);
+    // More bytes under way only get into each other's way in the L2 cache. A stage is always of the same team, which cannot wait
+    // for its next use before the last is over.
+    static constexpr int kUnderWay = 104 * 1024;
+    static constexpr int kStages = kUnderWay / kStageBytes / kTeams * kTeams;
     static_assert(kStages > 0);
 
     alignas(128) uint8_t summaries[kStages][kStageBytes];
@@ -83,7 +83,7 @@ CUTLASS_DEVICE void fetch_summaries(
     auto const go_to = [&](int index) {
         unit.go_to(params, shared.first_unit, index, unit_blocks);
         block = min(unit.first_block + block_of_unit, unit.blocks - 1);  // what does not exist has the summaries of the row's last
-        page = call.block_table[unit.row * call.block_table_stride + block / blocks_of_page];
+        page = load_kept(call.block_table + unit.row * call.block_table_stride + block / blocks_of_page);
     };
     if (first < end) { go_to(first); }
     for (int index = first; index < end; ++index) {
@@ -102,7 +102,7 @@ CUTLASS_DEVICE void fetch_summaries(
     }
 }
 
-// Notes what each block may weigh, and what those of a tile that are not visited in any case probably do. Runs in kWarps warps.
+// Notes what each block that is not known to be visited may weigh, and what those of a tile that are not forced probably do. Runs in kWarps warps.
 template <class Config>
 CUTLASS_DEVICE void estimate(KernelParams const& params, EstimateStorage<Config>& shared, int first, int end) {
     using Storage = EstimateStorage<Config>;
@@ -126,9 +126,18 @@ CUTLASS_DEVICE void estimate(KernelParams const& params, EstimateStorage<Config>
         }
     };
 
+    // The next kernel begins when multiprocessors become free, and relies on the one before this: that has ended by half time.
+    bool next_may_begin = false;
+    auto const let_next_begin = [&] {
+        cudaGridDependencySynchronize();
+        cudaTriggerProgrammaticLaunchCompletion();
+        next_may_begin = true;
+    };
     SummaryUnit unit;
     int64_t pair = -1;  // whose query that is
+    int32_t const* mask = nullptr;
     for (int index = first + warp / Storage::kTiles; index < end; index += Storage::kTeams) {
+        if (!next_may_begin && index - first >= end - index) { let_next_begin(); }
         unit.go_to(params, shared.first_unit, index, unit_blocks);
         int const kv_head = unit.first_head + tile % params.heads_together;
         int64_t const pair_now = static_cast<int64_t>(unit.row) * call.kv_heads + kv_head;
@@ -137,7 +146,11 @@ CUTLASS_DEVICE void estimate(KernelParams const& params, EstimateStorage<Config>
             QueryView<typename Config::Element> const view(params, unit.row, kv_head);
             CUTLASS_PRAGMA_UNROLL
             for (int i = 0; i < Config::kHeadTiles; ++i) { query(i).fill(view, i * kHeadTile); }
+            mask = words_of_mask(call, unit.row, kv_head);
         }
+        int const first_block = unit.first_block + block_of_unit;
+        // Of the tile's blocks those that mattered before; asked for before it is waited for summaries.
+        uint32_t const mattered = first_block < unit.blocks ? load_kept(mask + first_block / kWordBlocks) >> first_block % kWordBlocks : 0;
         uint32_t const n = index - first;
         int const stage = shared.stages.place(n);
         shared.stages.wait_full(n);
@@ -150,7 +163,6 @@ CUTLASS_DEVICE void estimate(KernelParams const& params, EstimateStorage<Config>
         __syncwarp();
         if (lane == 0) { Barrier::arrive(&shared.stages.empty[stage]); }
 
-        int const first_block = unit.first_block + block_of_unit;
         if (first_block >= unit.blocks) { continue; }
         float* const masses = workspace.masses + pair * workspace.words * kWordBlocks * heads;
         CUTLASS_PRAGMA_UNROLL
@@ -170,8 +182,10 @@ CUTLASS_DEVICE void estimate(KernelParams const& params, EstimateStorage<Config>
                     expected[h][b] = is_forced(block, unit.blocks) ? -INFINITY : mass(kExpectedBend);
                     may_be[h] = mass(kGenerousBend);
                 }
-                if (block < unit.blocks && head < heads) {
-                    *reinterpret_cast<float2*>(masses + static_cast<int64_t>(block) * heads + head) = {may_be[0], may_be[1]};
+                // Those that are known may be attended to by now, and what they weigh noted.
+                bool const is_known = is_forced(block, unit.blocks) || (mattered >> (block - first_block) & 1);
+                if (block < unit.blocks && !is_known && head < heads) {
+                    store_kept(masses + static_cast<int64_t>(block) * heads + head, float2{may_be[0], may_be[1]});
                 }
             }
             float of_tile[2];
@@ -182,12 +196,14 @@ CUTLASS_DEVICE void estimate(KernelParams const& params, EstimateStorage<Config>
                     largest + log2f(join_rows(exp2f(expected[h][0] - largest) + exp2f(expected[h][1] - largest), add));
             }
             if (lane < 4 && head < heads) {
-                *reinterpret_cast<float2*>(
-                    workspace.expected + (pair * workspace.tiles + first_block / kTileBlocks) * heads + head) = {
-                    of_tile[0], of_tile[1]};
+                store_kept(
+                    workspace.expected + (pair * workspace.tiles + first_block / kTileBlocks) * heads + head,
+                    float2{of_tile[0], of_tile[1]});
             }
         }
     }
+    if (!next_may_begin) { let_next_begin(); }
+    count_done(&workspace.counters->estimated);
 }
 
 template <class Config>
@@ -196,19 +212,17 @@ __global__ void __launch_bounds__(EstimateStorage<Config>::kThreads, 1)
     using Storage = EstimateStorage<Config>;
     extern __shared__ __align__(1024) uint8_t memory[];
     auto& shared = *reinterpret_cast<Storage*>(memory);
-    // The next kernel waits where it needs what this one writes.
-    cudaTriggerProgrammaticLaunchCompletion();
-    int const thread = blockIdx.x * blockDim.x + threadIdx.x;
-    for (int row = thread; row < params.call.rows; row += gridDim.x * blockDim.x) { params.workspace.parts[row] = 0; }
-    if (thread == 0) { *params.workspace.drawn = 0; }
     if (threadIdx.x == blockDim.x - 1) {  // first threads look at the first rows meanwhile
         shared.stages.init(Storage::kFetchers, Storage::kTiles);
         cutlass::arch::fence_barrier_init();
     }
     int const unit_blocks = Storage::kTiles / params.heads_together * kTileBlocks;
-    number_units(params.call, shared.first_unit, [&](int, RowOptions const& row) {
-        return row.everything ? 0 : ceil_div(row.blocks, unit_blocks) * (params.call.kv_heads / params.heads_together);
-    });
+    for (int row = threadIdx.x; row < params.call.rows; row += blockDim.x) {
+        RowOptions const options(params.call, row);
+        int const units = ceil_div(options.blocks, unit_blocks) * (params.call.kv_heads / params.heads_together);
+        shared.first_unit[row] = options.everything ? 0 : units;
+    }
+    number_units(shared.first_unit, params.call.rows);
     // Thread blocks have equally many but for one.
     int64_t const units = shared.first_unit[params.call.rows];
     int const first = static_cast<int>(blockIdx.x * units / gridDim.x);

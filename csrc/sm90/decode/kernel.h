@@ -1,28 +1,55 @@
 // SPDX-License-Identifier: MIT
 // The third kernel of a decode step. Some warps look up what a part visits, one warp has it fetched, others attend to it together,
-// each with a softmax of its own. What it leaves of each part the next kernel puts together.
+// each with a softmax of its own. What it leaves of each part the next kernel puts together. Thread blocks begin as those of the
+// second kernel end, with what is known to be visited; others find the rest once everything is estimated.
 #pragma once
 
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
+#include <cutlass/arch/reg_reconfig.h>
 
-#include "mma.h"
+#include "found.h"
 #include "storage.h"
 
 namespace lite_attention::sm90 {
 
-// The parts of a row.
-CUTLASS_DEVICE int parts_of_row(KernelParams const& params, int row, RowOptions const& options) {
-    if (options.everything) { return params.call.kv_heads * ceil_div(options.blocks, kSegmentBlocks); }
-    cudaGridDependencySynchronize();  // the lists are there
-    return params.workspace.parts[row];
+// Fills in how many parts of each row can be attended to at once: all, or those that are known. Runs in a whole thread block.
+CUTLASS_DEVICE void count_parts(KernelParams const& params, int* of_row) {
+    DecodeParams const& call = params.call;
+    for (int row = threadIdx.x; row < call.rows; row += blockDim.x) { of_row[row] = 0; }
+    __syncthreads();
+    for (int number = threadIdx.x; number < lists(params); number += blockDim.x) {
+        auto const [chunk, pair, row, kv_head] = ChunkOfHead(params, number);
+        int const known = params.workspace.known[number];
+        RowOptions const options(call, row);
+        int const blocks = blocks_of_chunk(options.blocks, chunk);
+        if (blocks > 0) { atomicAdd(&of_row[row], options.everything ? parts_of_all(blocks) : parts_of(known, blocks)); }
+    }
 }
 
-// The part of a row, `index` among all of its parts. They are ordered by their place first (in rows that skip, by their chunk), so
-// that neighbours are of neighbouring key heads, which lie side by side. Runs in a warp.
-CUTLASS_DEVICE Part find_part(KernelParams const& params, int row, RowOptions const& options, int index) {
+// Which item the part is of, `index` among the parts of all. Then `index` is that among the item's own. Runs in a warp.
+template <class Count>
+CUTLASS_DEVICE int find_item(int& index, int items, Count count) {
+    for (int first = 0;; first += kWarp) {
+        int const item = first + static_cast<int>(threadIdx.x % kWarp);
+        int const parts = item < items ? count(item) : 0;
+        int const before = sum_of_lanes_before(parts);
+        uint32_t const behind = __ballot_sync(~0u, index < before + parts);
+        if (behind != 0) {
+            int const source = __ffs(behind) - 1;
+            index -= __shfl_sync(~0u, before, source);
+            return first + source;
+        }
+        index -= __shfl_sync(~0u, before + parts, kWarp - 1);
+    }
+}
+
+// The part of a row, `index` among those that are known, or those that are found. They are ordered by their place first (in rows
+// that skip, by their chunk), so that neighbours are of neighbouring key heads, which lie side by side. Runs in a warp.
+CUTLASS_DEVICE Part find_part(KernelParams const& params, int row, RowOptions const& options, int index, bool found) {
+    Workspace const& workspace = params.workspace;
     int const kv_heads = params.call.kv_heads;
-    Part part{row, 0, 0, 0, 0, 0, options.length, options.tracked};
+    Part part{row, 0, 0, 0, 0, 0, options.length, options.tracked, options.everything};
     auto const cut = [&](int visits, int parts) {
         part.first = part_begin(visits, part.number, parts);
         part.blocks = part_begin(visits, part.number + 1, parts) - part.first;
@@ -32,32 +59,31 @@ CUTLASS_DEVICE Part find_part(KernelParams const& params, int row, RowOptions co
         part.chunk = index / kv_heads / kChunkParts;
         part.number = index / kv_heads % kChunkParts;
         int const blocks = blocks_of_chunk(options.blocks, part.chunk);
-        cut(blocks, parts_of(blocks, blocks));
+        cut(blocks, parts_of_all(blocks));
         return part;
     }
-    cudaGridDependencySynchronize();  // the lists are there
-    int const lane = threadIdx.x % kWarp;
-    int const lists = kv_heads * ceil_div(options.blocks, kChunkBlocks);
-    for (int first = 0;; first += kWarp) {
-        int const chunk = (first + lane) / kv_heads;
-        int const kv_head = (first + lane) % kv_heads;
-        bool const exists = first + lane < lists;
-        int64_t const pair = static_cast<int64_t>(row) * kv_heads + kv_head;
-        int const visits = exists ? params.workspace.visits[pair * params.workspace.chunks + chunk] : 0;
-        int const parts = exists ? parts_of(visits, blocks_of_chunk(options.blocks, chunk)) : 0;
-        int const end = sum_of_lanes_before(parts) + parts;
-        uint32_t const behind = __ballot_sync(~0u, index < end);
-        if (behind == 0) {
-            index -= __shfl_sync(~0u, end, kWarp - 1);
-            continue;
-        }
-        int const source = __ffs(behind) - 1;
-        part.kv_head = (first + source) % kv_heads;
-        part.chunk = (first + source) / kv_heads;
-        part.number = index - __shfl_sync(~0u, end - parts, source);
-        cut(__shfl_sync(~0u, visits, source), __shfl_sync(~0u, parts, source));
-        return part;
+    auto const place = [&](int list) {
+        return (static_cast<int64_t>(row) * kv_heads + list % kv_heads) * workspace.chunks + list / kv_heads;
+    };
+    auto const parts_of_list = [&](int visits, int list) {
+        return parts_of(visits, blocks_of_chunk(options.blocks, list / kv_heads));
+    };
+    int const list = find_item(index, kv_heads * ceil_div(options.blocks, kChunkBlocks), [&](int list) {
+        return parts_of_list((found ? workspace.found : workspace.known)[place(list)], list);
+    });
+    part.kv_head = list % kv_heads;
+    part.chunk = list / kv_heads;
+    part.number = index;
+    int const known = workspace.known[place(list)];
+    if (found) {
+        int const visits = workspace.found[place(list)];
+        cut(visits, parts_of_list(visits, list));
+        part.first += known;
+        part.number += parts_of_list(known, list);
+    } else {
+        cut(known, parts_of_list(known, list));
     }
+    return part;
 }
 
 // The parts of a thread block in their order, for those who work on what the planners look up: the n-th is planner n modulo
@@ -72,24 +98,27 @@ CUTLASS_DEVICE void for_each_unit(SharedStorage<Config>& shared, Action action) 
     }
 }
 
-// The first parts of each thread block, about half of its work, are dealt out: who draws waits for the counter.
-template <class Config>
-CUTLASS_DEVICE uint32_t dealt_parts(int parts) {
-    return max(Config::kPlanners, parts / static_cast<int>(2 * gridDim.x));
-}
-
 // Takes the n-th part of a thread block, the next that none has taken. It waits as long as too much is listed, and for its turn:
 // otherwise who fetches part n could wait for it while its planner waits for later ones to be fetched. `expected`: blocks that it
-// will probably visit. `first`: the first part that is drawn. A number from `parts` on means that there are no more.
+// will probably visit, which are in the backlog from then on. `first`: the first part that is drawn.
 template <class Config>
-CUTLASS_DEVICE int draw_part(SharedStorage<Config>& shared, uint32_t* drawn, uint32_t n, int first, int parts, int expected) {
+CUTLASS_DEVICE int draw_part(SharedStorage<Config>& shared, uint32_t* drawn, uint32_t n, int first, int expected) {
     while (atomicAdd(&shared.turn, 0) != n || atomicAdd(&shared.backlog, 0) >= kBacklog) { __nanosleep(100); }
-    cudaGridDependencySynchronize();  // the counter is zero
     int const index = first + atomicAdd(drawn, 1);
-    if (index < parts) { atomicAdd(&shared.backlog, expected); }
+    atomicAdd(&shared.backlog, expected);
     __threadfence_block();
     atomicExch(&shared.turn, n + 1);
     return index;
+}
+
+// The parts of all rows that are found, once all are. Runs in a warp.
+CUTLASS_DEVICE int wait_for_found_parts(KernelParams const& params) {
+    int const lane = threadIdx.x % kWarp;
+    if (lane == 0) { wait_for(&params.workspace.counters->listed, lists(params)); }
+    __syncwarp();
+    int parts = 0;
+    for (int row = lane; row < params.call.rows; row += kWarp) { parts += params.workspace.found_parts[row]; }
+    return __reduce_add_sync(~0u, parts);
 }
 
 // Looks up what parts visit. Runs in kPlanners warps. What is read of the device's memory is asked for at once as far as can be.
@@ -101,42 +130,56 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
     int const warp = threadIdx.x / kWarp;
     int const lane = threadIdx.x % kWarp;
     int const blocks_of_page = call.page_size / kDecodeBlock;
-    int const parts = shared.first_part[call.rows];
-    uint32_t const dealt = dealt_parts<Config>(parts);
+    int const known_parts = shared.first_part[call.rows];
     Unit<Config>& unit = shared.unit[warp];
+    int found_parts = -1;  // not known yet
 
     int expected = 0;  // blocks that are in the backlog before they are listed
     int blocks = 0;
     for (uint32_t n = warp;; n += Config::kPlanners) {
-        int index = blockIdx.x + n * gridDim.x;
+        int index = blockIdx.x;
         shared.units.wait_empty(n);
-        if (n >= dealt) {
+        if (n > 0) {
             expected = blocks;
-            if (lane == 0) { index = draw_part(shared, workspace.drawn, n, dealt * gridDim.x, parts, expected); }
+            if (lane == 0) { index = draw_part(shared, &workspace.counters->drawn, n, gridDim.x, expected); }
             index = __shfl_sync(~0u, index, 0);
         }
-        if (index >= parts) {
-            if (lane == 0) { unit.part.row = -1; }
-            Barrier::arrive(&shared.units.full[warp]);
-            break;
+        bool const found = index >= known_parts;
+        int row;
+        if (found) {
+            index -= known_parts;
+            if (found_parts < 0) { found_parts = wait_for_found_parts(params); }
+            if (index >= found_parts) {
+                if (lane == 0) {
+                    unit.part.row = -1;
+                    atomicSub(&shared.backlog, expected);
+                }
+                Barrier::arrive(&shared.units.full[warp]);
+                break;
+            }
+            row = find_item(index, call.rows, [&](int row) { return workspace.found_parts[row]; });
+        } else {
+            row = row_of(shared.first_part, call.rows, index);
+            index -= shared.first_part[row];
         }
-        int const row = row_of(shared.first_part, call.rows, index);
         RowOptions const options(call, row);
-        Part const part = find_part(params, row, options, index - shared.first_part[row]);
+        Part const part = find_part(params, row, options, index, found);
         blocks = part.blocks;
 
         int64_t const pair = static_cast<int64_t>(row) * call.kv_heads + part.kv_head;
         int const first_block = part.chunk * kChunkBlocks;
-        Visit const* const list = workspace.list + pair * workspace.words * kWordBlocks + first_block;
+        int const* const list = workspace.list + pair * workspace.words * kWordBlocks + first_block;
         Visit visits[kSegmentBlocks / kWarp];
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < kSegmentBlocks / kWarp; ++i) {
             int const at = part.first + i * kWarp + lane;
-            if (i * kWarp + lane >= blocks) { break; }
-            int const block = first_block + at;
-            visits[i] = options.everything
-                            ? Visit{call.block_table[row * call.block_table_stride + block / blocks_of_page], block}
-                            : list[at];
+            if (i * kWarp + lane < blocks) { visits[i].block = options.everything ? first_block + at : list[at]; }
+        }
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kSegmentBlocks / kWarp; ++i) {
+            if (i * kWarp + lane < blocks) {
+                visits[i].page = load_kept(call.block_table + row * call.block_table_stride + visits[i].block / blocks_of_page);
+            }
         }
         QueryView<Element> const query(params, row, part.kv_head);
         constexpr int kVector = 8;  // channels that are copied at a time
@@ -170,13 +213,17 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
 template <class Config>
 CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& shared) {
     constexpr int kLanes = 4;
-    constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
+    using Hint = cute::TMA::CacheHintSm90;
     int const lane = threadIdx.x % kWarp;
     int const blocks_of_page = params.call.page_size / kDecodeBlock;
     uint32_t fetched = 0;
     for_each_unit(shared, [&](Unit<Config> const& unit) {
         int const blocks = unit.part.blocks;
         int const kv_head = unit.part.kv_head;
+        // What is in the L2 cache has to go at some time, if it is to be written back: better at once, than between reads. Where
+        // there are summaries, they drive it out.
+        bool const drive_out = fetched == 0 && unit.part.everything;
+        auto const hint = static_cast<uint64_t>(drive_out ? Hint::EVICT_NORMAL : Hint::EVICT_FIRST);
         for (int first = 0; first < blocks; first += kLanes) {
             int const i = first + lane;
             if (lane < kLanes && i < blocks) {
@@ -189,13 +236,13 @@ CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& sha
                 auto copy = [&](CUtensorMap const& map, typename Config::Element* to) {
                     to += stage * Config::kStageElements;
                     if (params.box_planes == Config::kPlanes) {
-                        cute::SM90_TMA_LOAD_5D::copy(&map, full, kHint, to, 0, token, 0, kv_head, page);
+                        cute::SM90_TMA_LOAD_5D::copy(&map, full, hint, to, 0, token, 0, kv_head, page);
                         return;
                     }
                     CUTLASS_PRAGMA_UNROLL
                     for (int plane = 0; plane < Config::kPlanes; ++plane) {
                         cute::SM90_TMA_LOAD_5D::copy(
-                            &map, full, kHint, to + plane * kDecodeBlock * kPlane, plane * kPlane, token, 0, kv_head, page);
+                            &map, full, hint, to + plane * kDecodeBlock * kPlane, plane * kPlane, token, 0, kv_head, page);
                     }
                 };
                 copy(params.key, shared.key);
@@ -326,7 +373,7 @@ CUTLASS_DEVICE void attend(
             float2 const mass{
                 log2f(join_rows(block_sum[0], add)) + offset[0], log2f(join_rows(block_sum[1], add)) + offset[1]};
             int const head = tile * kHeadTile + lane * 2;
-            if (lane < 4 && head < heads) { *reinterpret_cast<float2*>(masses + head) = mass; }
+            if (lane < 4 && head < heads) { store_kept(masses + head, mass); }
         }
     }
     CUTLASS_PRAGMA_UNROLL
@@ -380,7 +427,7 @@ CUTLASS_DEVICE void merge(
             CUTLASS_PRAGMA_UNROLL
             for (int w = 0; w < Config::kConsumers; ++w) { sum += shared.sum[w][head] * exp2f(shared.max[w][head] - offset); }
             factor[h] = sum == 0.0f ? 0.0f : exp2f(gathered.max[tile][h] - offset) / sum;
-            if (warp == 0 && lane < 4 && head < heads) { workspace.lse[part * heads + head] = offset + log2f(sum); }
+            if (warp == 0 && lane < 4 && head < heads) { store_kept(workspace.lse + part * heads + head, offset + log2f(sum)); }
         }
         CUTLASS_PRAGMA_UNROLL
         for (int slice = 0; slice < Config::kPlanes; ++slice) {
@@ -404,7 +451,7 @@ CUTLASS_DEVICE void merge(
             int const channel = slice * kPlane + thread / 4;
             int const head = tile * kHeadTile + thread % 4 * 2;
             if (channel < head_dim && head < heads) {
-                *reinterpret_cast<float2*>(workspace.out + (part * head_dim + channel) * heads + head) = sum;
+                store_kept(workspace.out + (part * head_dim + channel) * heads + head, sum);
             }
             // Behind the last slice the next part's barrier does.
             if (tile < Config::kHeadTiles - 1 || slice < Config::kPlanes - 1) { sync_consumers<Config>(); }
@@ -456,7 +503,7 @@ CUTLASS_DEVICE void consume(KernelParams const& params, SharedStorage<Config>& s
         leave(shared, unit);
         share(shared, gathered, warp);
         sync_consumers<Config>();
-        merge(params, shared, pair * workspace.segments + part.chunk * kChunkParts + part.number, gathered, thread);
+        merge(params, shared, pair * workspace.slots + part.chunk * kChunkSlots + part.number, gathered, thread);
     });
 }
 
@@ -469,23 +516,30 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attend_kernel(__grid_cons
     if (threadIdx.x == blockDim.x - 1) {  // first threads look at the first rows meanwhile
         shared.units.init(kWarp, (Config::kConsumers + 1) * kWarp);
         shared.stages.init(1, 1);
+        shared.turn = 1;  // the first part of a thread block is dealt out
         shared.backlog = 0;
         cutlass::arch::fence_barrier_init();
         cute::prefetch_tma_descriptor(&params.key);
         cute::prefetch_tma_descriptor(&params.value);
     }
-    number_units(params.call, shared.first_part, [&](int row, RowOptions const& options) {
-        return parts_of_row(params, row, options);
-    });
-    if (threadIdx.x == 0) { shared.turn = dealt_parts<Config>(shared.first_part[params.call.rows]); }
-    __syncthreads();
+    count_parts(params, shared.first_part);
+    number_units(shared.first_part, params.call.rows);
+    // Registers are given out to four warps at a time: to those who attend, as many as the others leave.
+    static_assert(Config::kPlanners + 1 == 4 && Config::kConsumers == 8 && kFinders == 4);
     int const warp = threadIdx.x / kWarp;
-    if (warp < Config::kPlanners) {
-        plan(params, shared);
-    } else if (warp < Config::kPlanners + Config::kConsumers) {
-        consume(params, shared, threadIdx.x - Config::kPlanners * kWarp);
+    if (warp < 4) {
+        cutlass::arch::warpgroup_reg_dealloc<Config::kOtherRegisters>();
+        if (warp < Config::kPlanners) {
+            plan(params, shared);
+        } else {
+            fetch(params, shared);
+        }
+    } else if (warp < 4 + Config::kConsumers) {
+        cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
+        consume(params, shared, threadIdx.x - 4 * kWarp);
     } else {
-        fetch(params, shared);
+        cutlass::arch::warpgroup_reg_dealloc<Config::kOtherRegisters>();
+        find<Config>(params);
     }
     cudaGridDependencySynchronize();  // who waits for this kernel has waited for those before
 }

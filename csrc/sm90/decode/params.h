@@ -16,7 +16,8 @@ constexpr int kWordBlocks = 32;      // blocks of a word of the mask
 constexpr int kTileBlocks = 16;      // blocks that are estimated together
 constexpr int kSegmentBlocks = 128;  // blocks of a part that a thread block attends to, at most
 constexpr int kChunkBlocks = 2048;   // blocks of a row's key head that are listed together
-constexpr int kChunkParts = kChunkBlocks / kSegmentBlocks;  // at most
+constexpr int kChunkParts = kChunkBlocks / kSegmentBlocks;  // where everything is visited
+constexpr int kChunkSlots = kChunkParts + kChunkParts / 2;   // places for parts of a chunk: see parts_of
 constexpr int kMaxGroup = 16;        // query heads of a key head
 constexpr int kMaxRows = 1024;
 

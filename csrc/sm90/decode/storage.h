@@ -14,8 +14,15 @@ struct Part {
     int number;    // among those of the chunk
     int first;     // of its blocks among those of the chunk that are visited
     int blocks;
-    int length;    // keys of the row
-    bool tracked;  // whether the state is updated
+    int length;       // keys of the row
+    bool tracked;     // whether the state is updated
+    bool everything;  // whether the row visits all blocks
+};
+
+// A block that is visited.
+struct alignas(8) Visit {
+    int page;
+    int block;
 };
 
 // A part to be attended to.

@@ -4,31 +4,29 @@
 #pragma once
 
 #include "config.h"
+#include "keep.h"
+#include "workspace.h"
 
 namespace lite_attention::sm90 {
 
-// A block that is visited.
-struct alignas(8) Visit {
-    int page;
-    int block;
-};
-
-// What thread blocks leave for others. Visits are noted of rows that skip only: others visit everything.
+// What thread blocks leave for others. Of rows that skip only, as others visit everything: which blocks are known to be visited
+// before anything is estimated, and which estimates find.
 struct Workspace {
-    uint32_t* drawn;    // parts that were taken beside each thread block's first ones
-    int* parts;         // (rows,) of all key heads
-    int* visits;        // (rows, kv_heads, chunks) how many blocks are visited
+    Counters* counters;
+    int* found_parts;   // (rows,) of all key heads
+    int* known;         // (rows, kv_heads, chunks) blocks
+    int* found;         // (rows, kv_heads, chunks) blocks
     uint32_t* visited;  // (rows, kv_heads, words) a bit for each block
-    Visit* list;        // (rows, kv_heads, blocks) those of a chunk that are visited come first
+    int* list;          // (rows, kv_heads, blocks) of a chunk the blocks that are known, then those found
     float* expected;    // (rows, kv_heads, tiles, heads) log2 of the mass that a tile's blocks but the forced ones probably have
     float* masses;      // (rows, kv_heads, blocks, heads) log2 of the mass that a block may have; once it is visited, that it has
-    float* lse;         // (rows, kv_heads, segments, heads) of a part, in log2 units
-    float* out;         // (rows, kv_heads, segments, head_dim, heads) of a part; not written where its lse is -inf
+    float* lse;         // (rows, kv_heads, slots, heads) of a part, in log2 units
+    float* out;         // (rows, kv_heads, slots, head_dim, heads) of a part; not written where its lse is -inf
 
     int words;
     int tiles;
     int chunks;
-    int segments;
+    int slots;
     int heads;  // of a key head, rounded up: see workspace.h
 };
 
@@ -41,6 +39,7 @@ struct KernelParams {
     Workspace workspace;
     int group;           // query heads of a key head
     int heads_together;  // key heads whose summaries are brought at once
+    int estimating_warps;
     float scale_log2;
 };
 
@@ -49,24 +48,28 @@ constexpr int kChunkWords = kChunkBlocks / kWordBlocks;
 // Blocks of a chunk of a row that has `blocks`.
 CUTLASS_DEVICE int blocks_of_chunk(int blocks, int chunk) { return min(kChunkBlocks, blocks - chunk * kChunkBlocks); }
 
-// What a thread block of a kernel over chunks works on: a chunk of a row and key head.
+// A chunk of a row and key head: the number-th of all.
 struct ChunkOfHead {
     int chunk;
     int64_t pair;  // row and key head
     int row;
     int kv_head;
 
-    CUTLASS_DEVICE explicit ChunkOfHead(KernelParams const& params)
-        : chunk(blockIdx.x % params.workspace.chunks),
-          pair(blockIdx.x / params.workspace.chunks),
+    CUTLASS_DEVICE ChunkOfHead(KernelParams const& params, int number)
+        : chunk(number % params.workspace.chunks),
+          pair(number / params.workspace.chunks),
           row(pair / params.call.kv_heads),
           kv_head(pair % params.call.kv_heads) {}
-
-    // The state's words of the key head.
-    CUTLASS_DEVICE int32_t* mask(DecodeParams const& call) const {
-        return call.mask + call.slots[row] * call.mask_slot_stride + kv_head * call.mask_head_stride;
-    }
 };
+
+CUTLASS_DEVICE int lists(KernelParams const& params) {
+    return params.call.rows * params.call.kv_heads * params.workspace.chunks;
+}
+
+// The words of the state of a row's key head.
+CUTLASS_DEVICE int32_t* words_of_mask(DecodeParams const& call, int row, int kv_head) {
+    return call.mask + load_kept(call.slots + row) * call.mask_slot_stride + kv_head * call.mask_head_stride;
+}
 
 // The words of a chunk that a warp has, next to each other. `blocks`: of the chunk, not above 0 where it has none.
 struct WordsOfWarp {
@@ -81,9 +84,13 @@ struct WordsOfWarp {
     }
 };
 
-// In how many parts what is visited of a chunk is cut, all of about the same size. `blocks`: of the chunk.
+// In how many parts a chunk is cut of which everything is visited. `blocks`: of the chunk.
+CUTLASS_DEVICE int parts_of_all(int blocks) { return ceil_div(blocks, kSegmentBlocks); }
+
+// In how many parts blocks of a chunk are cut that are known, or found, all of about the same size: of kPartBlocks, or more where
+// half of the chunk's parts would not do. So both together have three halves of its parts at most.
 CUTLASS_DEVICE int parts_of(int visits, int blocks) {
-    return min(ceil_div(visits, kPartBlocks), ceil_div(blocks, kSegmentBlocks));
+    return min(ceil_div(visits, kPartBlocks), max(ceil_div(visits, kSegmentBlocks), ceil_div(parts_of_all(blocks), 2)));
 }
 
 // Where one of them begins.
@@ -128,6 +135,20 @@ struct LogSum {
             join(__shfl_xor_sync(~0u, largest, distance), __shfl_xor_sync(~0u, sum, distance));
         }
     }
+    // Those of a warp's lane, of so many that lie side by side. `load(i)`: the i-th; many are asked for before one is needed.
+    template <class Load>
+    CUTLASS_DEVICE void add_all(int count, Load load) {
+        constexpr int kAtOnce = 16;
+        for (int first = threadIdx.x % kWarp; first < count; first += kAtOnce * kWarp) {
+            float values[kAtOnce];
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < kAtOnce; ++i) { values[i] = first + i * kWarp < count ? load(first + i * kWarp) : -INFINITY; }
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < kAtOnce; ++i) {
+                if (first + i * kWarp < count) { add(values[i]); }
+            }
+        }
+    }
     CUTLASS_DEVICE float log2() const { return largest + log2f(sum); }
 };
 
@@ -141,8 +162,8 @@ struct RowOptions {
 
     CUTLASS_DEVICE RowOptions(DecodeParams const& call, int row) {
         bool const visit_all = call.visit_all[row];
-        length = max(0, call.seq_lens[row]);
-        threshold = call.thresholds[row];
+        length = max(0, load_kept(call.seq_lens + row));
+        threshold = load_kept(call.thresholds + row);
         // Not `&&` and `||`, which would read one after the other.
         tracked = (threshold != -INFINITY) & (length > 0);
         everything = !tracked | visit_all;
@@ -153,6 +174,18 @@ struct RowOptions {
 // Whether a block of a row, or one behind its end, is visited whatever it weighs: the first, and the newest two, which may have no
 // summary yet.
 CUTLASS_DEVICE bool is_forced(int block, int blocks) { return block == 0 || block >= blocks - 2; }
+
+// Waits until others have counted so far. For one thread: many that ask keep others from the same part of the L2 cache.
+CUTLASS_DEVICE void wait_for(uint32_t const* counter, uint32_t count) {
+    while (load_acquire(counter) < count) { __nanosleep(200); }
+}
+
+// Adds one, once what this warp has written is there for who loads the sum. Runs in a whole warp.
+CUTLASS_DEVICE void count_done(uint32_t* counter) {
+    __threadfence();
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) { atomicAdd(counter, 1); }
+}
 
 // Which row a unit of work is of. `first_unit`: see number_units.
 CUTLASS_DEVICE int row_of(int const* first_unit, int rows, int index) {
@@ -175,22 +208,20 @@ CUTLASS_DEVICE int sum_of_lanes_before(int value) {
     return sum - value;
 }
 
-// Fills in which unit of work is the first of each row; behind the last row, how many there are. `count(row, options)`: how many
-// units the row has. Runs in a whole thread block.
-template <class Count>
-CUTLASS_DEVICE void number_units(DecodeParams const& call, int* first_unit, Count count) {
-    for (int row = threadIdx.x; row < call.rows; row += blockDim.x) { first_unit[row] = count(row, RowOptions(call, row)); }
+// Fills in which unit of work is the first of each row; behind the last row, how many there are. `first_unit`: how many each row
+// has. Runs in a whole thread block, which has filled it in.
+CUTLASS_DEVICE void number_units(int* first_unit, int rows) {
     __syncthreads();
     if (threadIdx.x < kWarp) {
         int before = 0;
-        for (int start = 0; start < call.rows; start += kWarp) {
+        for (int start = 0; start < rows; start += kWarp) {
             int const row = start + threadIdx.x;
-            int const units = row < call.rows ? first_unit[row] : 0;
+            int const units = row < rows ? first_unit[row] : 0;
             int const first = before + sum_of_lanes_before(units);
-            if (row < call.rows) { first_unit[row] = first; }
+            if (row < rows) { first_unit[row] = first; }
             before = __shfl_sync(~0u, first + units, kWarp - 1);
         }
-        if (threadIdx.x == 0) { first_unit[call.rows] = before; }
+        if (threadIdx.x == 0) { first_unit[rows] = before; }
     }
     __syncthreads();
 }
