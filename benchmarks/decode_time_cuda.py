@@ -24,12 +24,12 @@ from benchmarks.forced_lists import forced_bits
 from benchmarks.results import DIRECTORY, write_result
 from lite_attention import decode_cuda, ops
 from lite_attention.ranges import pack_bits
-from lite_attention.tiles import DECODE_BLOCK
+from lite_attention.tiles import DECODE_BLOCK, summary_bytes
 
 SEQUENCES = ((1, 131072), (16, 32768), (64, 8192), (64, 32768))
 SHARES = (0.25, 0.10, 0.0)
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 16
-SUMMARY_BYTES = ops.summary_bytes(HEAD_DIM)
+SUMMARY_BYTES = summary_bytes(HEAD_DIM)
 BLOCK_BYTES = 2 * DECODE_BLOCK * HEAD_DIM * 2
 SPLITS = 32
 NEVER = -1000.0
@@ -55,7 +55,7 @@ class Case:
         self.table = torch.randperm(pages, device=DEVICE).view(rows, -1).int()
         self.lengths = torch.full((rows,), tokens, dtype=torch.int32, device=DEVICE)
         self.summaries = torch.zeros(ops.summaries_shape(self.key), dtype=torch.uint8, device=DEVICE)
-        self.summaries[..., 3 * HEAD_DIM :] = torch.full((4,), math.nan, device=DEVICE).view(torch.uint8)
+        self.summaries[..., -16:] = torch.full((4,), math.nan, device=DEVICE).view(torch.uint8)  # the scales
         self.out = torch.empty_like(self.query)
 
     def flash(self) -> Callable[[], Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from lite_attention import decode_cuda, forward_cpu, forward_cuda, reference
 from lite_attention.native import cpu as kernels
 from lite_attention.options import check_rule, needs_lse
-from lite_attention.tiles import BLOCK_K, DECODE_BLOCK, TILE_Q, ceil_div, mask_words
+from lite_attention.tiles import BLOCK_K, DECODE_BLOCK, TILE_Q, ceil_div, mask_words, summary_bytes
 
 FORWARD_SCHEMA = (
     "forward(Tensor query, Tensor key, Tensor value, Tensor(a!)? mask, Tensor(b!)? lse_state, "
@@ -215,11 +215,6 @@ def _forward_fake(query: Tensor, *_: object, pairs_visited: Tensor | None = None
 library.impl("forward", _checked(forward_cpu.forward), "CPU")
 library.impl("forward", _checked(forward_cuda.forward), "CUDA")
 torch.library.register_fake("lite_attention::forward", _checked(_forward_fake), lib=library)
-
-
-def summary_bytes(head_dim: int) -> int:
-    """Bytes of the summary of a block and KV head: see `lite_attention.reference.summarize`."""
-    return 3 * head_dim + 16
 
 
 def summaries_shape(key_cache: Tensor) -> tuple[int, int, int, int]:

@@ -241,18 +241,21 @@ def _kept_by_mass(scores: dict[int, Tensor], lse_before: Tensor, threshold: floa
 def summarize(key_cache: Tensor, slot_mapping: Tensor, summaries: Tensor) -> None:
     """Write the summary of every block of the paged cache whose last token was written in this step.
 
-    A summary keeps the block's outlier, the key that is farthest from their mean, as it is, and of the other keys
-    the mean and the standard deviation for each channel: all in 8 bits a channel with a scale for each of the three.
-    One key that a query looks for is what a mean hides best. Only whole blocks have a summary: `decode` always visits
-    the newest two, so it never asks for that of an unfinished block.
+    A summary keeps the block's outlier, the key that is farthest from their mean, and of the other keys the mean and
+    the standard deviation: two bytes a channel, and a scale for each of the three. One key that a query looks for is
+    what a mean hides best. Only whole blocks have a summary: `decode` always visits the newest two, so it never asks
+    for that of an unfinished block.
+
+    Outlier and mean are signed squares, n |n|, which are fine where channels are small: models have channels that are
+    up to hundreds of times as large as the others. Their n are -15 to 15 and -63 to 63, the deviation 0 to 15.
 
     Args:
         key_cache: (pages, page_size, kv_heads, head_dim), any strides; page_size is a multiple of `DECODE_BLOCK`.
         slot_mapping: (tokens,) int64, position in the cache (page * page_size + offset) of each token
             written in this step; -1 is padding.
-        summaries: (pages, kv_heads, page_size / DECODE_BLOCK, 3 * head_dim + 16) uint8, updated in place: the outlier
-            (head_dim, signed), the mean (signed) and the deviation (unsigned) of the others, the scales of the three
-            (float32 each), and four bytes that nobody reads.
+        summaries: (pages, kv_heads, page_size / DECODE_BLOCK, `summary_bytes`) uint8, updated in place: a word of 16
+            bits a channel, mean + 64 in the lowest 7, deviation in the next 4, outlier + 16 in the highest 5; the
+            scales of outlier, mean and deviation (float32 each), and four bytes that nobody reads.
     """
     head_dim = key_cache.shape[3]
     blocks_a_page = key_cache.shape[1] // DECODE_BLOCK
@@ -267,25 +270,48 @@ def summarize(key_cache: Tensor, slot_mapping: Tensor, summaries: Tensor) -> Non
         mean = keys.masked_fill(is_outlier, 0).sum(0) / (DECODE_BLOCK - 1)
         squares = (keys - mean).square().masked_fill(is_outlier, 0).sum(0)
         deviation = (squares / (DECODE_BLOCK - 1)).sqrt()
-        parts = torch.stack((outlier, mean, deviation), 1)
-        scales = parts.abs().amax(-1) / torch.tensor([127, 127, 255])
-        rounded = (parts / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round()
+        outliers, means = _signed_roots(outlier, 15), _signed_roots(mean, 63)
+        deviations = (deviation / _step(deviation, 15)).round().int()
+        words = outliers + 16 << 11 | deviations << 7 | means + 64
+        scales = torch.stack(
+            (
+                _scale(outlier, outliers * outliers.abs()),
+                _scale(mean, means * means.abs()),
+                _scale(deviation, deviations),
+            ),
+            1,
+        )
         row = summaries[page, :, block]
-        row[:, : 2 * head_dim] = rounded[:, :2].flatten(1).to(torch.int8).view(torch.uint8)
-        row[:, 2 * head_dim : 3 * head_dim] = rounded[:, 2].to(torch.uint8)
-        row[:, 3 * head_dim : 3 * head_dim + 12] = scales.view(torch.uint8)
+        row[:, : 2 * head_dim] = words.to(torch.int16).view(torch.uint8)
+        row[:, 2 * head_dim : 2 * head_dim + 12] = scales.view(torch.uint8)
+
+
+def _step(values: Tensor, largest: int) -> Tensor:
+    """The step, (..., 1), of which the largest magnitude of values (..., head_dim) has so many."""
+    return (values.abs().amax(-1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _signed_roots(values: Tensor, largest: int) -> Tensor:
+    """Numbers n (int32), up to `largest`, such that n |n| is the nearest to the values, in steps."""
+    squares = values.abs() / _step(values, largest**2)
+    # Between two squares lies n^2 + n + 1/2 = (n + 1/2)^2 + 1/4.
+    return ((squares - 0.25).clamp(min=0).sqrt().round() * values.sign()).int()
+
+
+def _scale(values: Tensor, levels: Tensor) -> Tensor:
+    """What levels (..., head_dim) are times, (...): such that a query along the values is scored right."""
+    wide = values.double()
+    products = (wide * levels).sum(-1)
+    return torch.where(products > 0, wide.square().sum(-1) / products, 0).float()
 
 
 def read_summaries(summaries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Outlier, mean and deviation, (..., head_dim) float32 each, of summaries (..., 3 * head_dim + 16)."""
-    head_dim = (summaries.shape[-1] - 16) // 3
-    outlier, mean, deviation, scales, _ = summaries.split((head_dim, head_dim, head_dim, 12, 4), -1)
+    """Outlier, mean and deviation, (..., head_dim) float32 each, of summaries (..., `summary_bytes`)."""
+    words, scales, _ = summaries.split((summaries.shape[-1] - 16, 12, 4), -1)
+    word = words.contiguous().view(torch.int16).int()
+    outlier, mean, deviation = (word >> 11 & 31) - 16, (word & 127) - 64, word >> 7 & 15
     scale = scales.contiguous().view(torch.float32)
-    return (
-        outlier.contiguous().view(torch.int8) * scale[..., :1],
-        mean.contiguous().view(torch.int8) * scale[..., 1:2],
-        deviation * scale[..., 2:],
-    )
+    return outlier * outlier.abs() * scale[..., :1], mean * mean.abs() * scale[..., 1:2], deviation * scale[..., 2:]
 
 
 EXPECTED_BEND = 4.0
@@ -303,7 +329,7 @@ def estimate(query: Tensor, summaries: Tensor, bend: float) -> Tensor:
 
     Args:
         query: (heads, head_dim), times a * log2(e).
-        summaries: (blocks, 3 * head_dim + 16), see `summarize`.
+        summaries: (blocks, `summary_bytes`), see `summarize`.
         bend: A.
 
     Returns:
@@ -320,7 +346,7 @@ def blocks_to_visit(query: Tensor, summaries: Tensor, mattered: Tensor, read: Te
 
     Args:
         query: (group, head_dim), times softmax scale * log2(e).
-        summaries: (blocks, 3 * head_dim + 16).
+        summaries: (blocks, `summary_bytes`).
         mattered: (blocks,) bool, the mask bits.
         read: (group,) log2 of the exact mass of the first block and the newest two.
         threshold: log2 of a share.

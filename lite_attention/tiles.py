@@ -21,3 +21,8 @@ def ceil_div(numerator: int, denominator: int) -> int:
 def mask_words(blocks: int) -> int:
     """Number of int32 words that hold one bit for each of ``blocks`` blocks."""
     return ceil_div(blocks, WORD_BITS)
+
+
+def summary_bytes(head_dim: int) -> int:
+    """Bytes of the summary of a block and KV head: see `lite_attention.reference.summarize`."""
+    return 2 * head_dim + 16

@@ -12,9 +12,8 @@ from vllm.platforms import current_platform
 
 from lite_attention.backend.vllm.state import skipping_layers
 from lite_attention.costs import DecodeShape
-from lite_attention.ops import summary_bytes
 from lite_attention.serving.params import CONFIG_KEY, ServerOptions
-from lite_attention.tiles import DECODE_BLOCK
+from lite_attention.tiles import DECODE_BLOCK, summary_bytes
 
 logger = init_logger("vllm.lite_attn")
 

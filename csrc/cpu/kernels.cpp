@@ -244,16 +244,16 @@ class Decode {
         const int D = p.head_dim;
         const uint8_t* summary = s.data + page_of(u, block) * s.page + u.kv_head * s.head +
                                  block % blocks_a_page * s.block;
-        const int8_t* outliers = reinterpret_cast<const int8_t*>(summary);
-        const int8_t* means = outliers + D;
-        const uint8_t* deviations = summary + 2 * D;
+        const uint16_t* words = reinterpret_cast<const uint16_t*>(summary);
         float scales[3];
-        std::memcpy(scales, summary + 3 * D, sizeof scales);
+        std::memcpy(scales, words + D, sizeof scales);
         const float* q = queries_of(u) + first * D;
         Vec outlier[H], mean[H], square[H];
         for (int h = 0; h < H; ++h) outlier[h] = mean[h] = square[h] = splat(0);
         for (int d = 0; d < D; d += kLanes) {
-            const Vec o = load(outliers + d), m = load(means + d), s = load(deviations + d);
+            const IVec word = load(words + d);
+            const Vec o = signed_square((word >> 11) - 16), m = signed_square((word & 127) - 64);
+            const Vec s = __builtin_convertvector(word >> 7 & 15, Vec);
             for (int h = 0; h < H; ++h) {
                 const Vec qd = load(q + h * D + d), of_channel = qd * s;
                 outlier[h] += qd * o;
@@ -426,6 +426,36 @@ class Decode {
     }
 };
 
+// One part of a summary: its channels in whole numbers, and what these are times, so that a query along the part is scored right.
+class Scale {
+   public:
+    explicit Scale(float step) : step(std::max(step, std::numeric_limits<float>::min())) {}
+
+    int level(float x) {
+        const int n = int(std::nearbyint(x / step));
+        add(x, n);
+        return n;
+    }
+
+    // The number n of which n |n| is nearest to x.
+    int signed_root(float x) {
+        const int n = int(std::nearbyint(std::sqrt(std::max(std::fabs(x) / step - 0.25f, 0.0f))));
+        add(std::fabs(x), n * n);
+        return x < 0 ? -n : n;
+    }
+
+    float value() const { return product > 0 ? float(square / product) : 0; }
+
+   private:
+    void add(double x, int times) {
+        square += x * x;
+        product += x * times;
+    }
+
+    float step;
+    double square = 0, product = 0;
+};
+
 template <typename T>
 void summarize_blocks(const SummarizeParams& p) {
     std::vector<int64_t> blocks;  // number of each block whose last token was written now
@@ -453,7 +483,7 @@ void summarize_blocks(const SummarizeParams& p) {
         }
         const int farthest = int(std::max_element(distance, distance + kBlock) - distance);
         std::vector<float> mean(p.head_dim), deviation(p.head_dim);
-        float scales[3] = {0, 0, 0};
+        float largest[3] = {0, 0, 0};
         for (int d = 0; d < p.head_dim; ++d) {
             float squares = 0;
             for (int t = 0; t < kBlock; ++t) mean[d] += t == farthest ? 0 : at(t, d);
@@ -463,18 +493,18 @@ void summarize_blocks(const SummarizeParams& p) {
                 squares += off * off;
             }
             deviation[d] = std::sqrt(squares / (kBlock - 1));
-            scales[0] = std::max(scales[0], std::fabs(at(farthest, d)) / 127);
-            scales[1] = std::max(scales[1], std::fabs(mean[d]) / 127);
-            scales[2] = std::max(scales[2], deviation[d] / 255);
+            largest[0] = std::max(largest[0], std::fabs(at(farthest, d)));
+            largest[1] = std::max(largest[1], std::fabs(mean[d]));
+            largest[2] = std::max(largest[2], deviation[d]);
         }
-        float steps[3];
-        for (int i = 0; i < 3; ++i) steps[i] = std::max(scales[i], std::numeric_limits<float>::min());
+        Scale outlier(largest[0] / (15 * 15)), others(largest[1] / (63 * 63)), spread(largest[2] / 15);
         for (int d = 0; d < p.head_dim; ++d) {
-            summary[d] = uint8_t(int8_t(std::nearbyint(at(farthest, d) / steps[0])));
-            summary[p.head_dim + d] = uint8_t(int8_t(std::nearbyint(mean[d] / steps[1])));
-            summary[2 * p.head_dim + d] = uint8_t(std::nearbyint(deviation[d] / steps[2]));
+            const int word = (outlier.signed_root(at(farthest, d)) + 16) << 11 | spread.level(deviation[d]) << 7 |
+                             (others.signed_root(mean[d]) + 64);
+            reinterpret_cast<uint16_t*>(summary)[d] = uint16_t(word);
         }
-        std::memcpy(summary + 3 * p.head_dim, scales, sizeof scales);
+        const float scales[3] = {outlier.value(), others.value(), spread.value()};
+        std::memcpy(summary + 2 * p.head_dim, scales, sizeof scales);
     }
 }
 

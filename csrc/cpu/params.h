@@ -15,7 +15,7 @@ struct KeyCache {
 };
 
 struct Summaries {
-    uint8_t* data;  // (pages, kv_heads, page_size / kBlock, 3 * head_dim + 16), see lite_attention/reference.py
+    uint8_t* data;  // (pages, kv_heads, page_size / kBlock, 2 * head_dim + 16), see lite_attention/reference.py
     int64_t page, head, block;
 };
 

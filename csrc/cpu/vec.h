@@ -16,9 +16,6 @@ typedef int32_t IVec __attribute__((vector_size(64)));
 typedef uint32_t UVec __attribute__((vector_size(64)));
 typedef uint16_t HVec __attribute__((vector_size(32)));
 
-typedef int8_t SignedBytes __attribute__((vector_size(16)));
-typedef uint8_t Bytes __attribute__((vector_size(16)));
-
 struct bfloat16 {
     uint16_t bits;
 };
@@ -44,12 +41,12 @@ inline Vec load(const bfloat16* p) {
     return (Vec)wide;
 }
 
-// In two steps: GCC converts bytes to floats in one step lane by lane.
-inline Vec load(const int8_t* p) {
-    return __builtin_convertvector(__builtin_convertvector(load_as<SignedBytes>(p), IVec), Vec);
-}
-inline Vec load(const uint8_t* p) {
-    return __builtin_convertvector(__builtin_convertvector(load_as<Bytes>(p), IVec), Vec);
+inline IVec load(const uint16_t* p) { return __builtin_convertvector(load_as<HVec>(p), IVec); }
+
+// n |n|
+inline Vec signed_square(IVec n) {
+    const Vec x = __builtin_convertvector(n, Vec);
+    return x * (x < 0 ? -x : x);
 }
 
 inline float widen(float x) { return x; }

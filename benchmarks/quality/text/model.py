@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lite_attention import ops
-from lite_attention.tiles import DECODE_BLOCK, ceil_div, mask_words
+from lite_attention.tiles import DECODE_BLOCK, ceil_div, mask_words, summary_bytes
 
 NAME = "SmolLM2-135M-Instruct"
 CACHE_BYTES = 2  # of a number in the cache that the share read is reckoned for
@@ -167,5 +167,5 @@ def decode(model: Any, prompt_cache: DynamicCache, tokens: Tensor, more: int = 0
 def share_read(model: Any, attention: SkippingDecode) -> float:
     """Share of the KV cache that was read since `restart`: visited blocks and the summaries of all."""
     head_dim = model.config.head_dim
-    summary = ops.summary_bytes(head_dim) / (2 * head_dim * DECODE_BLOCK * CACHE_BYTES)
+    summary = summary_bytes(head_dim) / (2 * head_dim * DECODE_BLOCK * CACHE_BYTES)
     return int(attention.visited) / attention.total + summary

@@ -10,8 +10,8 @@ namespace lite_attention::sm90 {
 constexpr int kWarp = 32;
 
 // Over a warp; every lane gets the result.
-template <class Join>
-__device__ __forceinline__ float join_lanes(float value, Join join) {
+template <class Number, class Join>
+__device__ __forceinline__ Number join_lanes(Number value, Join join) {
 #pragma unroll
     for (int distance = 1; distance < kWarp; distance *= 2) { value = join(value, __shfl_xor_sync(~0u, value, distance)); }
     return value;

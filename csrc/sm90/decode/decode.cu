@@ -28,7 +28,7 @@ bool encode(CUtensorMap& map, DecodeParams const& params, PagedView const& view,
 // How many key heads' summaries one copy brings: as many as a stage takes and lie side by side.
 template <class Config>
 int heads_together(DecodeParams const& params) {
-    bool const adjoin = params.kv_heads == 1 || params.summaries.head_stride == 3 * params.head_dim + 16;
+    bool const adjoin = params.kv_heads == 1 || params.summaries.head_stride == summary_bytes(params.head_dim);
     return adjoin ? std::gcd(params.kv_heads, EstimateStorage<Config>::kTiles) : 1;
 }
 

@@ -23,7 +23,7 @@ struct EstimateStorage {
     static constexpr int kThreads = (kWarps + kFetchers) * kWarp;
     static_assert(kTiles * kTileBlocks <= kFetchers * kWarp);  // a lane has a block
     // With room for the padding that `row_bytes` adds.
-    static constexpr int kStageBytes = kTiles * kTileBlocks * (3 * Config::kHeadDim + 16 + 16);
+    static constexpr int kStageBytes = kTiles * kTileBlocks * (summary_bytes(Config::kHeadDim) + 48);
     // Whether queries stay in registers, which leaves room for another stage, and saves warps a wait.
     static constexpr bool kKept = kSize <= 128;
     using Query = ScoringQuery<Config>[Config::kHeadTiles][kWarp];
@@ -61,8 +61,9 @@ struct SummaryUnit {
     }
 };
 
-// Bytes from a block's summaries to the next one's in shared memory: so eight of them begin in banks of their own.
-CUTLASS_DEVICE int row_bytes(int summaries_bytes) { return (summaries_bytes + 31) / 64 * 64 + 32; }
+// Bytes from a block's summaries to the next one's in shared memory: so the 64 bytes that eight lanes read of two blocks at a time
+// lie in banks of their own.
+CUTLASS_DEVICE int row_bytes(int summaries_bytes) { return (summaries_bytes + 63) / 128 * 128 + 64; }
 
 // Has summaries brought, those of several heads at a time: what limits is how many copies begin. Runs in kFetchers warps.
 template <class Config>
@@ -75,7 +76,7 @@ CUTLASS_DEVICE void fetch_summaries(
     int const block_of_unit = lane * Storage::kFetchers + fetcher;
     int const blocks_of_page = call.page_size / kDecodeBlock;
     int const unit_blocks = Storage::kTiles / params.heads_together * kTileBlocks;
-    int const bytes = params.heads_together * (3 * call.head_dim + 16);
+    int const bytes = params.heads_together * summary_bytes(call.head_dim);
 
     SummaryUnit unit;
     int block;
@@ -113,10 +114,9 @@ CUTLASS_DEVICE void estimate(KernelParams const& params, EstimateStorage<Config>
     int const lane = threadIdx.x % kWarp;
     int const tile = warp % Storage::kTiles;
     int const unit_blocks = Storage::kTiles / params.heads_together * kTileBlocks;
-    int const summary_bytes = 3 * call.head_dim + 16;
-    int const of_row = row_bytes(params.heads_together * summary_bytes);
+    int const of_row = row_bytes(params.heads_together * summary_bytes(call.head_dim));
     int const block_of_unit = tile / params.heads_together * kTileBlocks;  // the tile's first
-    int const at = block_of_unit * of_row + tile % params.heads_together * summary_bytes;
+    int const at = block_of_unit * of_row + tile % params.heads_together * summary_bytes(call.head_dim);
     ScoringQuery<Config> kept[Config::kHeadTiles];
     auto const query = [&](int i) -> ScoringQuery<Config>& {
         if constexpr (Storage::kKept) {

@@ -24,6 +24,13 @@ CUTLASS_DEVICE void mma(float (&d)[4], uint32_t const (&a)[4], uint32_t b0, uint
 CUTLASS_DEVICE uint32_t bits(__half2 pair) { return reinterpret_cast<uint32_t const&>(pair); }
 CUTLASS_DEVICE __half2 halves(uint32_t pair) { return reinterpret_cast<__half2 const&>(pair); }
 
+// word & mask | more in one instruction: the compiler takes two, one for each constant.
+CUTLASS_DEVICE uint32_t and_or(uint32_t word, uint32_t mask, uint32_t more) {
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(word), "r"(mask), "r"(more));
+    return result;
+}
+
 CUTLASS_DEVICE uint32_t pack(float low, float high, __half) { return bits(__floats2half2_rn(low, high)); }
 CUTLASS_DEVICE uint32_t pack(float low, float high, __nv_bfloat16) {
     __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);

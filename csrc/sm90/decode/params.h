@@ -29,7 +29,10 @@ struct PagedView {
     int64_t head_stride;
 };
 
-// The summaries of a paged cache, (pages, kv_heads, blocks of a page, 3 * head_dim + 16); 16-byte aligned, strides in bytes,
+// Of a block and key head.
+constexpr int summary_bytes(int head_dim) { return 2 * head_dim + 16; }
+
+// The summaries of a paged cache, (pages, kv_heads, blocks of a page, summary_bytes); 16-byte aligned, strides in bytes,
 // multiples of 16.
 struct SummaryView {
     uint8_t* data;

@@ -9,11 +9,10 @@
 
 namespace lite_attention::sm90 {
 
-// Four bytes as halves of 1024 + byte, two of them in each result: 1024 + n is 0x6400 + n.
-CUTLASS_DEVICE void widen(uint32_t bytes, __half2& low, __half2& high) {
-    low = halves(__byte_perm(bytes, 0x64646464u, 0x4140));
-    high = halves(__byte_perm(bytes, 0x64646464u, 0x4342));
-}
+// The bits of `mask` of both halves of a word, as halves of 1024 + number: these are 0x6400 + number.
+CUTLASS_DEVICE __half2 widen(uint32_t word, uint32_t mask) { return halves(and_or(word, mask | mask << 16, 0x64006400u)); }
+
+CUTLASS_DEVICE __half2 signed_square(__half2 n) { return __hmul2(n, __habs2(n)); }
 
 // What a thread holds of eight query heads as the second operands of the products: q, and q squared, of its eight channels of every
 // 32. Each head is divided by its largest magnitude, so that half precision neither overflows nor loses what counts.
@@ -74,7 +73,7 @@ struct Moments {
 };
 
 // The summaries of kTileBlocks blocks, in shared memory, as the first operands: a thread holds eight channels of every 32 of two
-// blocks, lane / 4 and the one 8 further.
+// blocks, lane / 4 and the one 8 further. `lite_attention/reference.py`, `summarize`, says which bits are what.
 template <class Config>
 struct SummaryTile {
     uint8_t const* first;
@@ -90,44 +89,35 @@ struct SummaryTile {
         CUTLASS_PRAGMA_UNROLL
         for (int part = 0; part < Config::kHeadDim / 32; ++part) {
             int const channel = min(part * 32 + lane % 4 * 8, head_dim - 8);
-            uint4 const linear = query.linear[part];
-            uint4 const square = query.square[part];
-            __half2 wide[2][4];
-            // Bytes as the first operand: signed ones come with their sign's bit flipped, so that all are 0 to 255.
-            auto load = [&](int kind, uint32_t flipped, float zero) {
-                CUTLASS_PRAGMA_UNROLL
-                for (int half = 0; half < 2; ++half) {
-                    uint2 const raw = *reinterpret_cast<uint2 const*>(of_block[half] + kind * head_dim + channel);
-                    widen(raw.x ^ flipped, wide[half][0], wide[half][1]);
-                    widen(raw.y ^ flipped, wide[half][2], wide[half][3]);
-                    CUTLASS_PRAGMA_UNROLL
-                    for (int i = 0; i < 4; ++i) { wide[half][i] = __hsub2(wide[half][i], __float2half2_rn(1024.0f + zero)); }
-                }
-            };
-            auto multiply = [&](float (&result)[4], uint4 const& operand) {
-                uint32_t const low[4] = {bits(wide[0][0]), bits(wide[1][0]), bits(wide[0][1]), bits(wide[1][1])};
-                uint32_t const high[4] = {bits(wide[0][2]), bits(wide[1][2]), bits(wide[0][3]), bits(wide[1][3])};
+            uint4 words[2];
+            CUTLASS_PRAGMA_UNROLL
+            for (int half = 0; half < 2; ++half) { words[half] = *reinterpret_cast<uint4 const*>(of_block[half] + 2 * channel); }
+            // `read` makes halves of a word: the first operand.
+            auto multiply = [&](float (&result)[4], uint4 const& operand, auto read) {
+                uint32_t const low[4] = {read(words[0].x), read(words[1].x), read(words[0].y), read(words[1].y)};
+                uint32_t const high[4] = {read(words[0].z), read(words[1].z), read(words[0].w), read(words[1].w)};
                 mma(result, low, operand.x, operand.y, __half{});
                 mma(result, high, operand.z, operand.w, __half{});
             };
-            load(0, 0x80808080u, 128.0f);
-            multiply(of_outlier, linear);
-            load(1, 0x80808080u, 128.0f);
-            multiply(of_mean, linear);
-            load(2, 0, 0.0f);
-            CUTLASS_PRAGMA_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                CUTLASS_PRAGMA_UNROLL
-                for (int i = 0; i < 4; ++i) { wide[half][i] = __hmul2(wide[half][i], wide[half][i]); }
-            }
-            multiply(of_deviation, square);
+            multiply(of_mean, query.linear[part], [](uint32_t word) {
+                return bits(signed_square(__hsub2(widen(word, 0x7F), __float2half2_rn(1024.0f + 64.0f))));
+            });
+            multiply(of_deviation, query.square[part], [](uint32_t word) {
+                __half2 const deviation = __hsub2(widen(word >> 7, 0xF), __float2half2_rn(1024.0f));
+                return bits(__hmul2(deviation, deviation));
+            });
+            multiply(of_outlier, query.linear[part], [](uint32_t word) {
+                __half2 const sixteenfold = widen(word >> 7, 0x1F0);
+                return bits(signed_square(
+                    __hfma2(sixteenfold, __float2half2_rn(1.0f / 16.0f), __float2half2_rn(-1024.0f / 16.0f - 16.0f))));
+            });
         }
         static_assert(kDecodeBlock - 1 == 15);
         constexpr float kLogOthers = 3.9068905956085187f;  // log2
         Moments moments;
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 4; ++i) {
-            float4 const scales = *reinterpret_cast<float4 const*>(of_block[i / 2] + 3 * head_dim);
+            float4 const scales = *reinterpret_cast<float4 const*>(of_block[i / 2] + 2 * head_dim);
             float const of_head = query.largest[i % 2] * scale_log2;
             moments.outlier[i] = of_head * scales.x * of_outlier[i];
             moments.mean[i] = kLogOthers + of_head * scales.y * of_mean[i];

@@ -11,7 +11,10 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kMaxPairs = 256 / (2 * kWarp);  // pairs of channels of a lane
 
-__device__ __forceinline__ float add(float a, float b) { return a + b; }
+template <class Number>
+__device__ __forceinline__ Number add(Number a, Number b) {
+    return a + b;
+}
 
 // What ends up in a summary is rounded at each step and summed up in the order of the keys, as the reference does it: compiled
 // with --use_fast_math, operators would divide by approximation and join products and sums.
@@ -19,6 +22,16 @@ __device__ __forceinline__ float2 plus(float2 a, float2 b) { return {__fadd_rn(a
 __device__ __forceinline__ float2 minus(float2 a, float2 b) { return {__fsub_rn(a.x, b.x), __fsub_rn(a.y, b.y)}; }
 __device__ __forceinline__ float2 square(float2 a) { return {__fmul_rn(a.x, a.x), __fmul_rn(a.y, a.y)}; }
 __device__ __forceinline__ float2 over(float2 a, float b) { return {__fdiv_rn(a.x, b), __fdiv_rn(a.y, b)}; }
+
+// How one of the three parts of a summary is written down: a number n for each channel.
+struct Coding {
+    int largest;   // of the magnitudes of n
+    bool squared;  // n |n| counts, not n
+    int zero;      // added to n
+    int shift;     // of the lowest bit in the channel's word
+
+    constexpr int level(int n) const { return squared ? n * n : n; }
+};
 
 // Two channels of the keys of a block.
 template <class Pair>
@@ -69,7 +82,7 @@ __global__ void __launch_bounds__(kWarps * kWarp) summarize_kernel(SummarizePara
     float farthest = -1.0f;
 #pragma unroll
     for (int i = 0; i < kDecodeBlock; ++i) {
-        float const of_key = join_lanes(distance[i], add);
+        float const of_key = join_lanes(distance[i], add<float>);
         if (of_key > farthest) {
             outlier = i;
             farthest = of_key;
@@ -106,23 +119,43 @@ __global__ void __launch_bounds__(kWarps * kWarp) summarize_kernel(SummarizePara
 
     uint8_t* const summary = params.summaries.data + page * params.summaries.page_stride +
                              kv_head * params.summaries.head_stride + last / kDecodeBlock * params.summaries.block_stride;
+    constexpr Coding codings[] = {{15, true, 16, 11}, {63, true, 64, 0}, {15, false, 0, 7}};  // outlier, mean, deviation
+    uint32_t words[kMaxPairs] = {};
     float scale[3];
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
-        scale[i] = __fdiv_rn(join_lanes(largest[i], fmaxf), i < 2 ? 127.0f : 255.0f);
-        float const step = fmaxf(scale[i], FLT_MIN);
+        Coding const coding = codings[i];
+        float const step = fmaxf(__fdiv_rn(join_lanes(largest[i], fmaxf), coding.level(coding.largest)), FLT_MIN);
+        // Such that a query along the part is scored right; in double, so that the order does not matter.
+        double squares = 0.0;
+        double products = 0.0;
 #pragma unroll
         for (int pair = 0; pair < kMaxPairs; ++pair) {
-            int const channel = 2 * (pair * kWarp + lane);
-            if (channel >= params.head_dim) { continue; }
-            // Deviations are not signed, and up to 255.
-            float2 const steps = over(part[i][pair], step);
-            *reinterpret_cast<uchar2*>(summary + i * params.head_dim + channel) = {
-                static_cast<unsigned char>(__float2int_rn(steps.x)), static_cast<unsigned char>(__float2int_rn(steps.y))};
+            if (2 * pair * kWarp >= params.head_dim) { break; }
+            float const values[2] = {part[i][pair].x, part[i][pair].y};
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                float const steps = __fdiv_rn(fabsf(values[k]), step);
+                // Between two squares lies n^2 + n + 1/2 = (n + 1/2)^2 + 1/4.
+                float const root = __fsqrt_rn(fmaxf(__fsub_rn(steps, 0.25f), 0.0f));
+                int const n = __float2int_rn(coding.squared ? root : steps);
+                double const value = fabsf(values[k]);
+                squares += value * value;
+                products += value * coding.level(n);
+                words[pair] |= ((values[k] < 0.0f ? -n : n) + coding.zero) << (coding.shift + 16 * k);
+            }
         }
+        squares = join_lanes(squares, add<double>);
+        products = join_lanes(products, add<double>);
+        scale[i] = products > 0.0 ? static_cast<float>(squares / products) : 0.0f;
+    }
+#pragma unroll
+    for (int pair = 0; pair < kMaxPairs; ++pair) {
+        int const channel = 2 * (pair * kWarp + lane);
+        if (channel < params.head_dim) { reinterpret_cast<uint32_t*>(summary)[channel / 2] = words[pair]; }
     }
     if (lane < 3) {
-        reinterpret_cast<float*>(summary + 3 * params.head_dim)[lane] = lane == 0 ? scale[0] : lane == 1 ? scale[1] : scale[2];
+        reinterpret_cast<float*>(summary + 2 * params.head_dim)[lane] = lane == 0 ? scale[0] : lane == 1 ? scale[1] : scale[2];
     }
 }
 
