@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 from triton.testing import do_bench
 
-from benchmarks.forced_lists import forced_bits
+from benchmarks.forced_lists import forced_lists
 from benchmarks.results import DIRECTORY, write_result
 from lite_attention import decode_cuda, ops
 from lite_attention.ranges import pack_bits
@@ -96,7 +96,7 @@ class Case:
 
     def lite(self, share: float | None) -> tuple[Callable[[], Any], float]:
         """A call that reads about `share` of the blocks, and the share that it reads. None: every row is disabled."""
-        bits = torch.stack([forced_bits(self.blocks, share or 0.0) for _ in range(self.rows * KV_HEADS)])
+        bits = forced_lists(self.rows * KV_HEADS, self.blocks, share or 0.0)
         mask = torch.stack([pack_bits(head) for head in bits]).view(self.rows, KV_HEADS, -1).to(DEVICE)
         threshold = -math.inf if share is None else NEVER
         visited = torch.zeros(self.rows, dtype=torch.int32, device=DEVICE)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.forced_lists import forced_bits
+from benchmarks.forced_lists import forced_lists
 from benchmarks.results import DIRECTORY, write_result
 from lite_attention.ranges import pack_bits
 from lite_attention.tiles import DECODE_BLOCK
@@ -121,7 +121,7 @@ def force(llm: Any, blocks: int, share: float) -> None:
 
     states = [layer.impl.state for layer in skipping_layers(llm.llm_engine.vllm_config).values()]
     slots, kv_heads, _words = states[0].mask.shape
-    bits = torch.stack([forced_bits(blocks, share) for _ in range(slots * kv_heads)])
+    bits = forced_lists(slots * kv_heads, blocks, share)
     mask = pack_bits(bits).view(slots, kv_heads, -1)
     for state in states:
         state.mask.zero_()[..., : mask.shape[2]] = mask

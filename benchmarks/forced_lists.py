@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from lite_attention.tiles import ceil_div
 
 
-def forced_bits(blocks: int, share: float) -> Tensor:
-    """Which blocks a head reads, (blocks,) bool.
+def forced_lists(lists: int, blocks: int, share: float) -> Tensor:
+    """Which blocks so many heads read, (lists, blocks) bool.
 
-    A share drawn log-normally around the mean (sigma 0.5), in runs of one block or more (geometric, two on average) at
-    uniformly random places; the first and the newest two blocks always.
+    The share of each is drawn log-normally (sigma 0.5), all scaled so that their mean is `share`. Blocks come in runs
+    of one or more (geometric, two on average) at uniformly random places; the first and the newest two always.
     """
+    factors = torch.exp(0.5 * torch.randn(lists))
+    return torch.stack([_one(blocks, share * factor) for factor in (factors / factors.mean()).tolist()])
+
+
+def _one(blocks: int, share: float) -> Tensor:
     bits = torch.zeros(blocks, dtype=torch.bool)
-    wanted = round(blocks * min(1.0, share * math.exp(0.5 * float(torch.randn(())) - 0.125)))
+    bits[0] = True
+    bits[-2:] = True
+    wanted = round(blocks * min(1.0, share))
     while (missing := wanted - int(bits.sum())) > 0:
         starts = torch.randint(blocks, (ceil_div(missing, 2),))
         lengths = torch.empty(len(starts)).geometric_(0.5)
         for more in range(int(lengths.max())):
             bits[(starts[lengths > more] + more).clamp(max=blocks - 1)] = True
-    bits[0] = True
-    bits[-2:] = True
     return bits
