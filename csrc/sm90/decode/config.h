@@ -16,8 +16,7 @@ namespace lite_attention::sm90 {
 
 constexpr int kHeadTile = 8;  // query heads of a matrix product
 constexpr int kPlane = 64;    // channels that lie side by side in shared memory, 128 bytes
-// Blocks of a part, unless a chunk would have more parts than segments, which have this many at most.
-constexpr int kPartBlocks = 64;
+constexpr int kPartBlocks = 64;  // of a part of a list, see parts_of
 // Blocks that may be listed and not fetched yet when a thread block takes more work: who takes it early may end last.
 constexpr int kBacklog = 24;
 constexpr int kSharedBytes = 227 * 1024;

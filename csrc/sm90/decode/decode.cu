@@ -111,7 +111,7 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
         error = launch_early(attend_kernel<Config>, thread_blocks, Config::kThreads, attend_bytes, stream, kernel_params);
     }
     if (error == cudaSuccess) {
-        int const combine_bytes = static_cast<int>(sizeof(CombineStorage)) + layout.chunks * kChunkSlots * static_cast<int>(sizeof(int));
+        int const combine_bytes = (1 + layout.chunks * kChunkSlots) * static_cast<int>(sizeof(int));
         error = launch_early(combine_kernel<Config>, chunks, kCombineWarps * kWarp, combine_bytes, stream, kernel_params);
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

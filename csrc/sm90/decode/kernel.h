@@ -86,8 +86,8 @@ CUTLASS_DEVICE Part find_part(KernelParams const& params, int row, RowOptions co
     return part;
 }
 
-// The parts of a thread block in their order, for those who work on what the planners look up: the n-th is planner n modulo
-// kPlanners'. `action` gets the unit, and leaves it.
+// The parts of a thread block in their order, for those who work on what the planners look up: they have it by turns. `action` gets
+// the unit, and leaves it.
 template <class Config, class Action>
 CUTLASS_DEVICE void for_each_unit(SharedStorage<Config>& shared, Action action) {
     for (uint32_t n = 0;; ++n) {

@@ -11,8 +11,8 @@ struct Part {
     int row;  // -1: no work is left
     int kv_head;
     int chunk;
-    int number;    // among those of the chunk
-    int first;     // of its blocks among those of the chunk that are visited
+    int number;  // among those of the chunk
+    int first;   // of its blocks among those of the chunk that are listed
     int blocks;
     int length;       // keys of the row
     bool tracked;     // whether the state is updated

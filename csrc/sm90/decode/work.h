@@ -62,6 +62,7 @@ struct ChunkOfHead {
           kv_head(pair % params.call.kv_heads) {}
 };
 
+// How many there are.
 CUTLASS_DEVICE int lists(KernelParams const& params) {
     return params.call.rows * params.call.kv_heads * params.workspace.chunks;
 }
@@ -70,19 +71,6 @@ CUTLASS_DEVICE int lists(KernelParams const& params) {
 CUTLASS_DEVICE int32_t* words_of_mask(DecodeParams const& call, int row, int kv_head) {
     return call.mask + load_kept(call.slots + row) * call.mask_slot_stride + kv_head * call.mask_head_stride;
 }
-
-// The words of a chunk that a warp has, next to each other. `blocks`: of the chunk, not above 0 where it has none.
-struct WordsOfWarp {
-    int first;
-    int end;
-
-    CUTLASS_DEVICE WordsOfWarp(int chunk, int blocks, int warps) {
-        int const words = ceil_div(max(0, blocks), kWordBlocks);
-        int const share = ceil_div(words, warps);
-        first = chunk * kChunkWords + static_cast<int>(threadIdx.x) / kWarp * share;
-        end = min(first + share, chunk * kChunkWords + words);
-    }
-};
 
 // In how many parts a chunk is cut of which everything is visited. `blocks`: of the chunk.
 CUTLASS_DEVICE int parts_of_all(int blocks) { return ceil_div(blocks, kSegmentBlocks); }
