@@ -44,8 +44,8 @@ struct Config {
     static constexpr int kQueryRow = kHeadDim + 8;
 
     // A stage holds the keys and the values of a block. What is under way keeps memory busy, and more would only make everything
-    // else wait for it. Stages are a multiple of the consumers, so that within a unit each stage is the same warp's, which cannot wait
-    // for its next use before the last is over.
+    // else wait for it. Stages are a multiple of the consumers, so that within a unit each stage is the same warp's, which cannot
+    // wait for its next use before the last is over.
     static constexpr int kStageElements = kDecodeBlock * kHeadDim;
     static constexpr int kStageBytes = 2 * kStageElements * 2;
     static constexpr int kOtherBytes =

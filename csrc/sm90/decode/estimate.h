@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The second kernel of a decode step: what the blocks of rows that skip weigh, by their summaries. Some warps have these brought, in
-// stages of tiles, which are some blocks of a key head; others estimate, each a tile.
+// The second kernel of a decode step: what the blocks of rows that skip weigh, by their summaries. Some warps have these brought,
+// in stages of tiles, which are some blocks of a key head; others estimate, each a tile.
 #pragma once
 
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -103,7 +103,8 @@ CUTLASS_DEVICE void fetch_summaries(
     }
 }
 
-// Notes what each block that is not known to be visited may weigh, and what those of a tile that are not forced probably do. Runs in kWarps warps.
+// Notes what each block that is not known to be visited may weigh, and what those of a tile that are not forced probably do. Runs in
+// kWarps warps.
 template <class Config>
 CUTLASS_DEVICE void estimate(KernelParams const& params, EstimateStorage<Config>& shared, int first, int end) {
     using Storage = EstimateStorage<Config>;
@@ -150,7 +151,8 @@ CUTLASS_DEVICE void estimate(KernelParams const& params, EstimateStorage<Config>
         }
         int const first_block = unit.first_block + block_of_unit;
         // Of the tile's blocks those that mattered before; asked for before it is waited for summaries.
-        uint32_t const mattered = first_block < unit.blocks ? load_kept(mask + first_block / kWordBlocks) >> first_block % kWordBlocks : 0;
+        uint32_t mattered = 0;
+        if (first_block < unit.blocks) { mattered = load_kept(mask + first_block / kWordBlocks) >> first_block % kWordBlocks; }
         uint32_t const n = index - first;
         int const stage = shared.stages.place(n);
         shared.stages.wait_full(n);
