@@ -2,8 +2,8 @@
 
 A model of the shape of Llama-3-8B with random weights decodes batches of long prompts. So that a share means the same
 in every run, which blocks are read is forced: bits are drawn at random (benchmarks/forced_lists.py), no estimate passes
-and no bit is cleared. Each backend has an engine in a process of its own; the runs of LITE_ATTN share one, and find
-their prompts in its prefix cache.
+and no bit is cleared. What was really read is in the result. Each backend has an engine in a process of its own; the
+runs of LITE_ATTN share one, and find their prompts in its prefix cache.
 
     python -m benchmarks.engine_time
     python -m benchmarks.engine_time --layers 2 --batches 2x512 --steps 5    # whether it works, also on a CPU
@@ -74,8 +74,13 @@ class Engine:
             seed=0,
         )
 
-    def decode_step(self, batch: int, context: int, steps: int, share: float | None, options: dict[str, Any]) -> float:
-        """Seconds that a decode step takes, mean over `steps`; `share` of the blocks are read where it is given."""
+    def decode_step(
+        self, batch: int, context: int, steps: int, share: float | None, options: dict[str, Any]
+    ) -> tuple[float, float | None]:
+        """Seconds that a decode step takes, mean over `steps`, and the share of the blocks that is read.
+
+        Where `share` is given, it is about that one; where it is not, everything is read and None is returned.
+        """
         from vllm import SamplingParams
 
         engine = self.llm.llm_engine
@@ -95,14 +100,17 @@ class Engine:
             force(self.llm, context // DECODE_BLOCK, share)
         for _ in range(WARMUP_STEPS):
             engine.step()
+        if share is not None:
+            take_share_read(self.llm)
         start = time.perf_counter()
         for _ in range(steps):
             engine.step()
         taken = (time.perf_counter() - start) / steps
+        read = None if share is None else take_share_read(self.llm)
         engine.abort_request(names)
         while engine.has_unfinished_requests():
             engine.step()
-        return taken
+        return taken, read
 
     def memory(self) -> dict[str, Any]:
         """Tokens that the KV cache has room for, and bytes that are in use on the GPU."""
@@ -128,6 +136,13 @@ def force(llm: Any, blocks: int, share: float) -> None:
         state.summaries[..., -16:] = 255  # scales that are no numbers: no estimate passes
 
 
+def take_share_read(llm: Any) -> float:
+    """The share of the blocks that was read since this was asked for last."""
+    (of_requests,) = llm.llm_engine.collective_rpc("lite_attn_take_stats")
+    visited, total = (sum(counts) for counts in zip(*of_requests.values(), strict=True))
+    return visited / total
+
+
 def runs_of(backend: str, shares: list[float]) -> list[tuple[str, float | None, dict[str, Any]]]:
     """Name, share of the blocks that is forced, and a request's options of each run."""
     if backend == STOCK:
@@ -145,7 +160,7 @@ def _start(*arguments: Any) -> None:
     _engine = Engine(*arguments)
 
 
-def _decode_step(*arguments: Any) -> float:
+def _decode_step(*arguments: Any) -> tuple[float, float | None]:
     return _engine.decode_step(*arguments)
 
 
@@ -187,18 +202,19 @@ def main() -> None:
         with engine:
             for batch, context in args.batches:
                 for name, share, options in runs_of(backend, args.shares):
-                    taken = engine.submit(_decode_step, batch, context, args.steps, share, options).result()
+                    taken, read = engine.submit(_decode_step, batch, context, args.steps, share, options).result()
                     stock.setdefault((batch, context), taken)
-                    row = {"batch": batch, "context": context, "run": name, "milliseconds": 1e3 * taken}
+                    row = {"batch": batch, "context": context, "run": name, "read": read, "milliseconds": 1e3 * taken}
                     rows.append(row | {"speedup": stock[batch, context] / taken})
                     tqdm.write(f"{backend}: {rows[-1]}")
                     keep()
             memory[backend] = engine.submit(_memory).result()
     keep()
-    print(f"| sequences x context | run | ms a step | against {STOCK} |\n|---|---|---|---|")
+    print(f"| sequences x context | run | read | ms a step | against {STOCK} |\n|---|---|---|---|---|")
     for row in rows:
         case = f"{row['batch']} x {row['context']:,}"
-        print(f"| {case} | {row['run']} | {row['milliseconds']:.2f} | {row['speedup']:.2f} x |")
+        blocks = "all" if row["read"] is None else f"{row['read']:.1%}"
+        print(f"| {case} | {row['run']} | {blocks} | {row['milliseconds']:.2f} | {row['speedup']:.2f} x |")
 
 
 if __name__ == "__main__":
