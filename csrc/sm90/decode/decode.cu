@@ -88,11 +88,11 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     int const attend_bytes = static_cast<int>(sizeof(SharedStorage<Config>) + params.rows * sizeof(int));
     int64_t const parts = static_cast<int64_t>(layout.slots) * params.kv_heads * params.rows;  // at most
     auto const thread_blocks = static_cast<unsigned>(std::min<int64_t>(parts, processors()));
-    int const known_blocks = std::min(ceil_div(params.rows * params.kv_heads * layout.chunks, kKnownWarps), kKnownThreadBlocks);
+    int const lists = params.rows * params.kv_heads * layout.chunks;
+    int const known_blocks = std::min(ceil_div(lists, kKnownWarps), kKnownThreadBlocks);
     // Beside those, so that none has to wait for a multiprocessor.
     int const estimate_blocks = std::max(1, static_cast<int>(thread_blocks) - known_blocks);
     kernel_params.estimating_warps = estimate_blocks * EstimateStorage<Config>::kWarps;
-    auto const chunks = static_cast<unsigned>(params.rows * params.kv_heads * layout.chunks);
 
     cudaError_t error =
         cudaFuncSetAttribute(estimate_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, estimate_bytes);
@@ -112,7 +112,7 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     }
     if (error == cudaSuccess) {
         int const combine_bytes = (1 + layout.chunks * kChunkSlots) * static_cast<int>(sizeof(int));
-        error = launch_early(combine_kernel<Config>, chunks, kCombineWarps * kWarp, combine_bytes, stream, kernel_params);
+        error = launch_early(combine_kernel<Config>, lists, kCombineWarps * kWarp, combine_bytes, stream, kernel_params);
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

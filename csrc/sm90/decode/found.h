@@ -12,13 +12,12 @@ namespace lite_attention::sm90 {
 template <class Config>
 CUTLASS_DEVICE LogSum weigh_forced(KernelParams const& params, int row, int kv_head, int length) {
     using Element = typename Config::Element;
-    constexpr int kForced = 3;  // see is_forced
     DecodeParams const& call = params.call;
     int const head = threadIdx.x % kWarp % params.workspace.heads;
     int const blocks = ceil_div(length, kDecodeBlock);
     int const blocks_of_page = call.page_size / kDecodeBlock;
     QueryView<Element> const query(params, row, kv_head);
-    auto const block_of = [&](int i) { return i == 0 ? 0 : max(0, blocks - i); };
+    auto const block_of = [&](int i) { return max(0, forced_block(i, blocks)); };
     int page[kForced];
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kForced; ++i) { page[i] = call.block_table[row * call.block_table_stride + block_of(i) / blocks_of_page]; }

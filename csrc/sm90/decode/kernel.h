@@ -20,7 +20,7 @@ CUTLASS_DEVICE void count_parts(KernelParams const& params, int* of_row) {
     __syncthreads();
     for (int number = threadIdx.x; number < lists(params); number += blockDim.x) {
         auto const [chunk, pair, row, kv_head] = ChunkOfHead(params, number);
-        int const known = params.workspace.known[number];
+        int const known = params.workspace.known[number];  // if the row has such a list; asked for with its options
         RowOptions const options(call, row);
         int const blocks = blocks_of_chunk(options.blocks, chunk);
         if (blocks > 0) { atomicAdd(&of_row[row], options.everything ? parts_of_all(blocks) : parts_of(known, blocks)); }
@@ -100,11 +100,11 @@ CUTLASS_DEVICE void for_each_unit(SharedStorage<Config>& shared, Action action) 
 
 // Takes the n-th part of a thread block, the next that none has taken. It waits as long as too much is listed, and for its turn:
 // otherwise who fetches part n could wait for it while its planner waits for later ones to be fetched. `expected`: blocks that it
-// will probably visit, which are in the backlog from then on. `first`: the first part that is drawn.
+// will probably visit, which are in the backlog from then on.
 template <class Config>
-CUTLASS_DEVICE int draw_part(SharedStorage<Config>& shared, uint32_t* drawn, uint32_t n, int first, int expected) {
+CUTLASS_DEVICE int draw_part(SharedStorage<Config>& shared, uint32_t* drawn, uint32_t n, int expected) {
     while (atomicAdd(&shared.turn, 0) != n || atomicAdd(&shared.backlog, 0) >= kBacklog) { __nanosleep(100); }
-    int const index = first + atomicAdd(drawn, 1);
+    int const index = gridDim.x + atomicAdd(drawn, 1);  // behind those that are dealt out
     atomicAdd(&shared.backlog, expected);
     __threadfence_block();
     atomicExch(&shared.turn, n + 1);
@@ -141,7 +141,7 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
         shared.units.wait_empty(n);
         if (n > 0) {
             expected = blocks;
-            if (lane == 0) { index = draw_part(shared, &workspace.counters->drawn, n, gridDim.x, expected); }
+            if (lane == 0) { index = draw_part(shared, &workspace.counters->drawn, n, expected); }
             index = __shfl_sync(~0u, index, 0);
         }
         bool const found = index >= known_parts;

@@ -25,8 +25,9 @@ struct KnownWords {
         for (int i = 0; i < 2; ++i) {
             int const begin = first + (i * kWarp + lane) * kWordBlocks;
             words[i] = begin < blocks ? load_kept(mask + i * kWarp + lane) : 0;
+            static_assert(kForced == 3);
             CUTLASS_PRAGMA_UNROLL
-            for (int forced : {0, blocks - 2, blocks - 1}) {
+            for (int forced : {forced_block(0, blocks), forced_block(2, blocks), forced_block(1, blocks)}) {
                 if (forced >= begin && forced < begin + kWordBlocks) { words[i] |= 1u << (forced - begin); }
             }
             int const missing = begin + kWordBlocks - blocks;

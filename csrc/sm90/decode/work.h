@@ -159,9 +159,12 @@ struct RowOptions {
     }
 };
 
-// Whether a block of a row, or one behind its end, is visited whatever it weighs: the first, and the newest two, which may have no
-// summary yet.
-CUTLASS_DEVICE bool is_forced(int block, int blocks) { return block == 0 || block >= blocks - 2; }
+// Blocks of a row that are visited whatever they weigh: the first, and the newest two, which may have no summary yet.
+constexpr int kForced = 3;
+// The i-th of them; below zero, or again the first, where there are not as many.
+CUTLASS_DEVICE int forced_block(int i, int blocks) { return i == 0 ? 0 : blocks - i; }
+// Whether a block, or one behind the row's end, is one.
+CUTLASS_DEVICE bool is_forced(int block, int blocks) { return block == 0 || block >= blocks - (kForced - 1); }
 
 // Waits until others have counted so far. For one thread: many that ask keep others from the same part of the L2 cache.
 CUTLASS_DEVICE void wait_for(uint32_t const* counter, uint32_t count) {
