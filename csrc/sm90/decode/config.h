@@ -50,7 +50,7 @@ struct Config {
     static constexpr int kStageBytes = 2 * kStageElements * 2;
     static constexpr int kOtherBytes =
         kPlanners * (8 * kSegmentBlocks + 2 * kHeads * kQueryRow) +
-        kConsumers * kSlice * kHeadTile * 4 + kMaxRows * 4 + 4096;
+        kConsumers * kSlice * kHeadTile * 4 + kMaxRows * 8 + 4096;
     static constexpr int kUnderWay = 128 * 1024;
     static constexpr int kStages = std::min(kUnderWay, kSharedBytes - kOtherBytes) / kStageBytes / kConsumers * kConsumers;
     static_assert(kStages > 0);

@@ -82,10 +82,11 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     kernel_params.heads_together = heads_together<Config>(params);
     kernel_params.scale_log2 = params.scale * kLog2E;
 
-    static_assert(sizeof(SharedStorage<Config>) + kMaxRows * sizeof(int) <= kSharedBytes);
-    static_assert(sizeof(EstimateStorage<Config>) + kMaxRows * sizeof(int) <= kSharedBytes);
-    int const estimate_bytes = static_cast<int>(sizeof(EstimateStorage<Config>) + params.rows * sizeof(int));
-    int const attend_bytes = static_cast<int>(sizeof(SharedStorage<Config>) + params.rows * sizeof(int));
+    static_assert(sizeof(SharedStorage<Config>) + 2 * kMaxRows * sizeof(int) <= kSharedBytes);
+    static_assert(sizeof(EstimateStorage<Config>) + 2 * kMaxRows * sizeof(int) <= kSharedBytes);
+    int const estimate_bytes = static_cast<int>(sizeof(EstimateStorage<Config>)) + RowTable::bytes(params.rows);
+    int const combine_bytes = CombineStorage::bytes(layout.chunks, layout.heads);
+    int const attend_bytes = static_cast<int>(sizeof(SharedStorage<Config>)) + RowTable::bytes(params.rows);
     int64_t const parts = static_cast<int64_t>(layout.slots) * params.kv_heads * params.rows;  // at most
     auto const thread_blocks = static_cast<unsigned>(std::min<int64_t>(parts, processors()));
     int const lists = params.rows * params.kv_heads * layout.chunks;
@@ -93,11 +94,19 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     // Beside those, so that none has to wait for a multiprocessor.
     int const estimate_blocks = std::max(1, static_cast<int>(thread_blocks) - known_blocks);
     kernel_params.estimating_warps = estimate_blocks * EstimateStorage<Config>::kWarps;
+    // Where all chunks are found at once even so: what a warp does one after the other takes long.
+    kernel_params.finders_together = kFinders;
+    while (kernel_params.finders_together > 1 && int64_t{lists} * kernel_params.finders_together > kFinders * int64_t{thread_blocks}) {
+        kernel_params.finders_together /= 2;
+    }
 
     cudaError_t error =
         cudaFuncSetAttribute(estimate_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, estimate_bytes);
     if (error == cudaSuccess) {
         error = cudaFuncSetAttribute(attend_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, attend_bytes);
+    }
+    if (error == cudaSuccess) {
+        error = cudaFuncSetAttribute(combine_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, combine_bytes);
     }
     if (error == cudaSuccess) {
         known_kernel<<<known_blocks, kKnownWarps * kWarp, 0, stream>>>(kernel_params);
@@ -111,8 +120,7 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
         error = launch_early(attend_kernel<Config>, thread_blocks, Config::kThreads, attend_bytes, stream, kernel_params);
     }
     if (error == cudaSuccess) {
-        int const combine_bytes = (1 + layout.chunks * kChunkSlots) * static_cast<int>(sizeof(int));
-        error = launch_early(combine_kernel<Config>, lists, kCombineWarps * kWarp, combine_bytes, stream, kernel_params);
+        error = launch_early(combine_kernel<Config>, lists, kCombineThreads, combine_bytes, stream, kernel_params);
     }
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -36,7 +36,7 @@ struct EstimateStorage {
     alignas(128) uint8_t summaries[kStages][kStageBytes];
     std::conditional_t<kKept, char, Query> query[kKept ? 1 : kWarps];
     Ring<kStages> stages;
-    int first_unit[1];  // of each row, and the number of units at the end: rows + 1 of them
+    RowTable rows;
 };
 
 // A unit of work, which fills a stage: summaries of key heads that lie side by side, and of blocks that follow one another.
@@ -46,19 +46,27 @@ struct SummaryUnit {
     int first_block;
     int first_head;
 
-    // Moves to the unit of that number. `unit_blocks`: of each.
-    CUTLASS_DEVICE void go_to(KernelParams const& params, int const* first_unit, int index, int unit_blocks) {
+    // Moves on to the unit of that number. `unit_blocks`: of each.
+    CUTLASS_DEVICE void go_to(KernelParams const& params, RowTable& rows, int index, int unit_blocks) {
         DecodeParams const& call = params.call;
-        int const row_now = row_of(first_unit, call.rows, index);
-        if (row_now != row) {
-            row = row_now;
-            blocks = ceil_div(call.seq_lens[row], kDecodeBlock);
+        if (index >= row_end_) {
+            row = row_of(rows.first_unit(), call.rows, index);
+            row_end_ = rows.first_unit()[row + 1];
+            blocks = rows.shape(call.rows, row).blocks();
+            int const number = index - rows.first_unit()[row];
+            int const head_sets = call.kv_heads / params.heads_together;
+            first_block = number / head_sets * unit_blocks;
+            first_head = number % head_sets * params.heads_together;
+        } else {
+            first_head += (index - index_) * params.heads_together;
+            for (; first_head >= call.kv_heads; first_head -= call.kv_heads) { first_block += unit_blocks; }
         }
-        int const head_sets = call.kv_heads / params.heads_together;
-        int const number = index - first_unit[row];
-        first_block = number / head_sets * unit_blocks;
-        first_head = number % head_sets * params.heads_together;
+        index_ = index;
     }
+
+  private:
+    int index_;
+    int row_end_ = 0;  // of the units
 };
 
 // Bytes from a block's summaries to the next one's in shared memory: so the 64 bytes that eight lanes read of two blocks at a time
@@ -82,7 +90,7 @@ CUTLASS_DEVICE void fetch_summaries(
     int block;
     int page;
     auto const go_to = [&](int index) {
-        unit.go_to(params, shared.first_unit, index, unit_blocks);
+        unit.go_to(params, shared.rows, index, unit_blocks);
         block = min(unit.first_block + block_of_unit, unit.blocks - 1);  // what does not exist has the summaries of the row's last
         page = load_kept(call.block_table + unit.row * call.block_table_stride + block / blocks_of_page);
     };
@@ -135,11 +143,15 @@ CUTLASS_DEVICE void estimate(KernelParams const& params, EstimateStorage<Config>
         next_may_begin = true;
     };
     SummaryUnit unit;
-    int64_t pair = -1;  // whose query that is
+    int64_t pair = -1;  // whose query that is, and what follows
     int32_t const* mask = nullptr;
+    // This thread's places: of a row's first block that it has, and of its first tile; of the first of its two heads.
+    int const head_of_lane = lane % 4 * 2;
+    float* masses = nullptr;
+    float* expected = nullptr;
     for (int index = first + warp / Storage::kTiles; index < end; index += Storage::kTeams) {
         if (!next_may_begin && index - first >= end - index) { let_next_begin(); }
-        unit.go_to(params, shared.first_unit, index, unit_blocks);
+        unit.go_to(params, shared.rows, index, unit_blocks);
         int const kv_head = unit.first_head + tile % params.heads_together;
         int64_t const pair_now = static_cast<int64_t>(unit.row) * call.kv_heads + kv_head;
         if (pair_now != pair) {
@@ -148,6 +160,8 @@ CUTLASS_DEVICE void estimate(KernelParams const& params, EstimateStorage<Config>
             CUTLASS_PRAGMA_UNROLL
             for (int i = 0; i < Config::kHeadTiles; ++i) { query(i).fill(view, i * kHeadTile); }
             mask = words_of_mask(call, unit.row, kv_head);
+            masses = workspace.masses + (pair * workspace.words * kWordBlocks + lane / 4) * heads + head_of_lane;
+            expected = workspace.expected + pair * workspace.tiles * heads + head_of_lane;
         }
         int const first_block = unit.first_block + block_of_unit;
         // Of the tile's blocks those that mattered before; asked for before it is waited for summaries.
@@ -166,41 +180,44 @@ CUTLASS_DEVICE void estimate(KernelParams const& params, EstimateStorage<Config>
         if (lane == 0) { Barrier::arrive(&shared.stages.empty[stage]); }
 
         if (first_block >= unit.blocks) { continue; }
-        float* const masses = workspace.masses + pair * workspace.words * kWordBlocks * heads;
+        uint32_t const forced = forced_bits(first_block, unit.blocks) >> lane / 4;
+        uint32_t const known = forced | mattered >> lane / 4;
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < Config::kHeadTiles; ++i) {
-            int const head = i * kHeadTile + lane % 4 * 2;  // this thread's: this one and the next
-            float expected[2][2];
+            bool const exists = i * kHeadTile + head_of_lane < heads;
+            // Log2 of the masses of the outliers, and of what the others probably weigh.
+            float parts[2][4];
             CUTLASS_PRAGMA_UNROLL
             for (int b = 0; b < 2; ++b) {
-                int const block = first_block + lane / 4 + b * 8;
                 float may_be[2];
                 CUTLASS_PRAGMA_UNROLL
                 for (int h = 0; h < 2; ++h) {
                     int const k = 2 * b + h;
-                    auto mass = [&](float bend) {
-                        return log2_of_sum(moments[i].outlier[k], moments[i].mean[k] + spread(moments[i].variance[k], bend));
-                    };
-                    expected[h][b] = is_forced(block, unit.blocks) ? -INFINITY : mass(kExpectedBend);
-                    may_be[h] = mass(kGenerousBend);
+                    float const outlier = moments[i].outlier[k];
+                    auto others = [&](float bend) { return moments[i].mean[k] + spread(moments[i].variance[k], bend); };
+                    may_be[h] = log2_of_sum(outlier, others(kGenerousBend));
+                    parts[h][2 * b] = forced >> 8 * b & 1 ? -INFINITY : outlier;
+                    parts[h][2 * b + 1] = forced >> 8 * b & 1 ? -INFINITY : others(kExpectedBend);
                 }
                 // Those that are known may be attended to by now, and what they weigh noted.
-                bool const is_known = is_forced(block, unit.blocks) || (mattered >> (block - first_block) & 1);
-                if (block < unit.blocks && !is_known && head < heads) {
-                    store_kept(masses + static_cast<int64_t>(block) * heads + head, float2{may_be[0], may_be[1]});
+                if (exists && !(known >> 8 * b & 1)) {
+                    store_kept(masses + (first_block + 8 * b) * heads + i * kHeadTile, float2{may_be[0], may_be[1]});
                 }
             }
             float of_tile[2];
             CUTLASS_PRAGMA_UNROLL
             for (int h = 0; h < 2; ++h) {
-                float const largest = fmaxf(-1e30f, join_rows(fmaxf(expected[h][0], expected[h][1]), fmaxf));
-                of_tile[h] =
-                    largest + log2f(join_rows(exp2f(expected[h][0] - largest) + exp2f(expected[h][1] - largest), add));
+                float const (&of_head)[4] = parts[h];
+                float const of_lane = fmaxf(fmaxf(of_head[0], of_head[1]), fmaxf(of_head[2], of_head[3]));
+                float const largest = fmaxf(-1e30f, join_rows(of_lane, fmaxf));
+                float sum = 0.0f;
+                CUTLASS_PRAGMA_UNROLL
+                for (int k = 0; k < 4; ++k) { sum += exp2f(of_head[k] - largest); }
+                of_tile[h] = largest + log2f(join_rows(sum, add));
             }
-            if (lane < 4 && head < heads) {
+            if (exists && lane < 4) {
                 store_kept(
-                    workspace.expected + (pair * workspace.tiles + first_block / kTileBlocks) * heads + head,
-                    float2{of_tile[0], of_tile[1]});
+                    expected + first_block / kTileBlocks * heads + i * kHeadTile, float2{of_tile[0], of_tile[1]});
             }
         }
     }
@@ -221,12 +238,13 @@ __global__ void __launch_bounds__(EstimateStorage<Config>::kThreads, 1)
     int const unit_blocks = Storage::kTiles / params.heads_together * kTileBlocks;
     for (int row = threadIdx.x; row < params.call.rows; row += blockDim.x) {
         RowOptions const options(params.call, row);
-        int const units = ceil_div(options.blocks, unit_blocks) * (params.call.kv_heads / params.heads_together);
-        shared.first_unit[row] = options.everything ? 0 : units;
+        int const units = ceil_div(options.blocks(), unit_blocks) * (params.call.kv_heads / params.heads_together);
+        shared.rows.note(params.call.rows, row, options);
+        shared.rows.first_unit()[row] = options.everything ? 0 : units;
     }
-    number_units(shared.first_unit, params.call.rows);
+    number_units(shared.rows.first_unit(), params.call.rows);
     // Thread blocks have equally many but for one.
-    int64_t const units = shared.first_unit[params.call.rows];
+    int64_t const units = shared.rows.first_unit()[params.call.rows];
     int const first = static_cast<int>(blockIdx.x * units / gridDim.x);
     int const end = static_cast<int>((blockIdx.x + 1) * units / gridDim.x);
     int const warp = threadIdx.x / kWarp;

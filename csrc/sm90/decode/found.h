@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: MIT
 // Which blocks beside those that are known rows that skip visit: what was estimated of them is compared with what all blocks of a
-// key head have together. Some warps of each thread block that attends do so, each a chunk of a row and key head at a time.
+// key head have together. Some warps of each thread block that attends do so, each a chunk of a row and key head at a time, or
+// together where chunks are few.
 #pragma once
+
+#include <cutlass/arch/barrier.h>
 
 #include "known.h"
 #include "score.h"
@@ -41,26 +44,70 @@ CUTLASS_DEVICE LogSum weigh_forced(KernelParams const& params, int row, int kv_h
     return sum;
 }
 
-// Lists what is found in a chunk. Runs in a warp. `wait()`: until everything is estimated.
+// What a warp that finds tells those of the same chunk.
+struct FinderStorage {
+    int number;  // of the chunk; the first one's
+    int found;
+};
+
+// Warps that find the blocks of a chunk together, each in some of its words.
+struct Finders {
+    int member;   // this warp
+    int members;  // a power of two
+    int barrier;
+    FinderStorage* shared;  // (members,)
+
+    // Takes a chunk that nobody has taken.
+    CUTLASS_DEVICE int take(uint32_t* taken) const {
+        sync();
+        if (member == 0 && threadIdx.x % kWarp == 0) { shared->number = atomicAdd(taken, 1); }
+        sync();
+        return shared->number;
+    }
+
+    // The sum of a number that each has, and that of those before this one. Once for each chunk.
+    CUTLASS_DEVICE int2 sums(int number) const {
+        if (threadIdx.x % kWarp == 0) { shared[member].found = number; }
+        sync();
+        int2 sums{};
+        for (int other = 0; other < members; ++other) {
+            sums.x += shared[other].found;
+            if (other < member) { sums.y += shared[other].found; }
+        }
+        return sums;
+    }
+
+  private:
+    CUTLASS_DEVICE void sync() const {
+        if (members > 1) {
+            cutlass::arch::NamedBarrier::sync(members * kWarp, barrier);
+        } else {
+            __syncwarp();
+        }
+    }
+};
+
+// Lists what is found in a chunk. Runs in the warps that find it together. `wait()`: until everything is estimated.
 template <class Config, class Wait>
-CUTLASS_DEVICE void find_blocks(KernelParams const& params, int number, Wait wait) {
+CUTLASS_DEVICE void find_blocks(KernelParams const& params, int number, Finders const& finders, Wait wait) {
     DecodeParams const& call = params.call;
     Workspace const& workspace = params.workspace;
     auto const [chunk, pair, row, kv_head] = ChunkOfHead(params, number);
     int const lane = threadIdx.x % kWarp;
     int32_t const* const mask = words_of_mask(call, row, kv_head) + chunk * kChunkWords;
     RowOptions const options(call, row);
-    int const of_chunk = blocks_of_chunk(options.blocks, chunk);
+    int const of_chunk = blocks_of_chunk(options.blocks(), chunk);
     if (options.everything || of_chunk <= 0) { return; }
 
     int const heads = workspace.heads;
     int const first = chunk * kChunkBlocks;
-    KnownWords const known(mask, first, options.blocks);
+    KnownWords const known(mask, first, options.blocks());
     LogSum sum = weigh_forced<Config>(params, row, kv_head, options.length);
     if (lane >= heads) { sum = {}; }
     wait();
+    // All of it in each warp: so the sum does not depend on how many there are.
     float const* const expected = workspace.expected + pair * workspace.tiles * heads;
-    sum.add_all(ceil_div(options.blocks, kTileBlocks) * heads, [&](int i) { return expected[i]; });
+    sum.add_all(ceil_div(options.blocks(), kTileBlocks) * heads, [&](int i) { return expected[i]; });
     sum.join_lanes(heads, kWarp);
     // The least log2 of a mass that is worth a visit, for the head lane % heads.
     float const limit = lane % heads < params.group ? options.threshold + sum.log2() : INFINITY;
@@ -68,8 +115,12 @@ CUTLASS_DEVICE void find_blocks(KernelParams const& params, int number, Wait wai
     // What is read takes long to come, so nothing is written before all is there. A lane has the words that it has of those known.
     uint32_t found[2] = {};
     constexpr int kAtOnce = Config::kOtherRegisters > 100 ? 16 : 8;  // words
+    static_assert(kChunkWords / kFinders % kAtOnce == 0);
+    int const words = kChunkWords / finders.members;
+    int const first_word = finders.member * words;
+    int const end_word = min(first_word + words, ceil_div(of_chunk, kWordBlocks));
     float const* const masses = workspace.masses + (pair * workspace.words * kWordBlocks + first) * heads;
-    for (int begin = 0; begin < ceil_div(of_chunk, kWordBlocks); begin += kAtOnce) {
+    for (int begin = first_word; begin < end_word; begin += kAtOnce) {
         bool matters[kAtOnce] = {};
         for (int head = 0; head < heads; head += 4) {
             float4 may_be[kAtOnce];
@@ -102,34 +153,34 @@ CUTLASS_DEVICE void find_blocks(KernelParams const& params, int number, Wait wai
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < 2; ++i) {
         int const word = i * kWarp + lane;
-        if (word * kWordBlocks < of_chunk) { visited[word] = known.words[i] | found[i]; }
+        if (word >= first_word && word < end_word) { visited[word] = known.words[i] | found[i]; }
     }
-    int const listed = __reduce_add_sync(~0u, __popc(found[0]) + __popc(found[1]));
-    if (lane == 0) { store_kept(workspace.found + number, listed); }
+    auto const [listed, before] = finders.sums(__reduce_add_sync(~0u, __popc(found[0]) + __popc(found[1])));
+    if (finders.member == 0 && lane == 0) { store_kept(workspace.found + number, listed); }
     if (listed == 0) { return; }
-    int* list = workspace.list + pair * workspace.words * kWordBlocks + first + known.count();
-    for (int word = 0; word < kChunkWords; ++word) {
+    int* list = workspace.list + pair * workspace.words * kWordBlocks + first + known.count() + before;
+    for (int word = first_word; word < end_word; ++word) {
         list = append(list, first + word * kWordBlocks, __shfl_sync(~0u, found[word / kWarp], word % kWarp));
     }
-    if (lane == 0) {
+    if (finders.member == 0 && lane == 0) {
         atomicAdd(&workspace.found_parts[row], parts_of(listed, of_chunk));
         atomicAdd(&call.visited[row], listed);
     }
 }
 
-// Takes chunks that nobody has taken, and lists what is found in each. Runs in a warp.
+// Takes chunks that nobody has taken, and lists what is found in each. Runs in kFinders warps. `shared`: as many.
 template <class Config>
-CUTLASS_DEVICE void find(KernelParams const& params) {
+CUTLASS_DEVICE void find(KernelParams const& params, FinderStorage* shared, int finder) {
     Counters& counters = *params.workspace.counters;
-    int const lane = threadIdx.x % kWarp;
+    int const members = params.finders_together;
+    int const team = finder / members;
+    Finders const finders{finder % members, members, 1 + team, shared + team * members};  // the consumers have barrier 0
     bool is_estimated = false;
     for (;;) {
-        int number = 0;
-        if (lane == 0) { number = atomicAdd(&counters.taken, 1); }
-        number = __shfl_sync(~0u, number, 0);
+        int const number = finders.take(&counters.taken);
         if (number >= lists(params)) { break; }
-        find_blocks<Config>(params, number, [&] {
-            if (!is_estimated && lane == 0) { wait_for(&counters.estimated, params.estimating_warps); }
+        find_blocks<Config>(params, number, finders, [&] {
+            if (!is_estimated && threadIdx.x % kWarp == 0) { wait_for(&counters.estimated, params.estimating_warps); }
             is_estimated = true;
             __syncwarp();
         });

@@ -8,21 +8,22 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cutlass/arch/reg_reconfig.h>
 
-#include "found.h"
 #include "storage.h"
 
 namespace lite_attention::sm90 {
 
-// Fills in how many parts of each row can be attended to at once: all, or those that are known. Runs in a whole thread block.
-CUTLASS_DEVICE void count_parts(KernelParams const& params, int* of_row) {
+// Notes the rows, and how many parts of each can be attended to at once: all, or those that are known. Runs in a whole thread block.
+CUTLASS_DEVICE void count_parts(KernelParams const& params, RowTable& rows) {
     DecodeParams const& call = params.call;
+    int* const of_row = rows.first_unit();
     for (int row = threadIdx.x; row < call.rows; row += blockDim.x) { of_row[row] = 0; }
     __syncthreads();
     for (int number = threadIdx.x; number < lists(params); number += blockDim.x) {
         auto const [chunk, pair, row, kv_head] = ChunkOfHead(params, number);
         int const known = params.workspace.known[number];  // if the row has such a list; asked for with its options
         RowOptions const options(call, row);
-        int const blocks = blocks_of_chunk(options.blocks, chunk);
+        if (kv_head == 0 && chunk == 0) { rows.note(call.rows, row, options); }
+        int const blocks = blocks_of_chunk(options.blocks(), chunk);
         if (blocks > 0) { atomicAdd(&of_row[row], options.everything ? parts_of_all(blocks) : parts_of(known, blocks)); }
     }
 }
@@ -46,19 +47,19 @@ CUTLASS_DEVICE int find_item(int& index, int items, Count count) {
 
 // The part of a row, `index` among those that are known, or those that are found. They are ordered by their place first (in rows
 // that skip, by their chunk), so that neighbours are of neighbouring key heads, which lie side by side. Runs in a warp.
-CUTLASS_DEVICE Part find_part(KernelParams const& params, int row, RowOptions const& options, int index, bool found) {
+CUTLASS_DEVICE Part find_part(KernelParams const& params, int row, RowShape const& shape, int index, bool found) {
     Workspace const& workspace = params.workspace;
     int const kv_heads = params.call.kv_heads;
-    Part part{row, 0, 0, 0, 0, 0, options.length, options.tracked, options.everything};
+    Part part{row, 0, 0, 0, 0, 0, shape.length, shape.tracked, shape.everything};
     auto const cut = [&](int visits, int parts) {
         part.first = part_begin(visits, part.number, parts);
         part.blocks = part_begin(visits, part.number + 1, parts) - part.first;
     };
-    if (options.everything) {
+    if (shape.everything) {
         part.kv_head = index % kv_heads;
         part.chunk = index / kv_heads / kChunkParts;
         part.number = index / kv_heads % kChunkParts;
-        int const blocks = blocks_of_chunk(options.blocks, part.chunk);
+        int const blocks = blocks_of_chunk(shape.blocks(), part.chunk);
         cut(blocks, parts_of_all(blocks));
         return part;
     }
@@ -66,9 +67,9 @@ CUTLASS_DEVICE Part find_part(KernelParams const& params, int row, RowOptions co
         return (static_cast<int64_t>(row) * kv_heads + list % kv_heads) * workspace.chunks + list / kv_heads;
     };
     auto const parts_of_list = [&](int visits, int list) {
-        return parts_of(visits, blocks_of_chunk(options.blocks, list / kv_heads));
+        return parts_of(visits, blocks_of_chunk(shape.blocks(), list / kv_heads));
     };
-    int const list = find_item(index, kv_heads * ceil_div(options.blocks, kChunkBlocks), [&](int list) {
+    int const list = find_item(index, kv_heads * ceil_div(shape.blocks(), kChunkBlocks), [&](int list) {
         return parts_of_list((found ? workspace.found : workspace.known)[place(list)], list);
     });
     part.kv_head = list % kv_heads;
@@ -114,7 +115,7 @@ CUTLASS_DEVICE int draw_part(SharedStorage<Config>& shared, uint32_t* drawn, uin
 // The parts of all rows that are found, once all are. Runs in a warp.
 CUTLASS_DEVICE int wait_for_found_parts(KernelParams const& params) {
     int const lane = threadIdx.x % kWarp;
-    if (lane == 0) { wait_for(&params.workspace.counters->listed, lists(params)); }
+    if (lane == 0) { wait_for(&params.workspace.counters->listed, lists(params) * params.finders_together); }
     __syncwarp();
     int parts = 0;
     for (int row = lane; row < params.call.rows; row += kWarp) { parts += params.workspace.found_parts[row]; }
@@ -130,7 +131,8 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
     int const warp = threadIdx.x / kWarp;
     int const lane = threadIdx.x % kWarp;
     int const blocks_of_page = call.page_size / kDecodeBlock;
-    int const known_parts = shared.first_part[call.rows];
+    int const* const first_part = shared.rows.first_unit();
+    int const known_parts = first_part[call.rows];
     Unit<Config>& unit = shared.unit[warp];
     int found_parts = -1;  // not known yet
 
@@ -159,11 +161,10 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
             }
             row = find_item(index, call.rows, [&](int row) { return workspace.found_parts[row]; });
         } else {
-            row = row_of(shared.first_part, call.rows, index);
-            index -= shared.first_part[row];
+            row = row_of(first_part, call.rows, index);
+            index -= first_part[row];
         }
-        RowOptions const options(call, row);
-        Part const part = find_part(params, row, options, index, found);
+        Part const part = find_part(params, row, shared.rows.shape(call.rows, row), index, found);
         blocks = part.blocks;
 
         int64_t const pair = static_cast<int64_t>(row) * call.kv_heads + part.kv_head;
@@ -173,7 +174,7 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < kSegmentBlocks / kWarp; ++i) {
             int const at = part.first + i * kWarp + lane;
-            if (i * kWarp + lane < blocks) { visits[i].block = options.everything ? first_block + at : list[at]; }
+            if (i * kWarp + lane < blocks) { visits[i].block = part.everything ? first_block + at : list[at]; }
         }
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < kSegmentBlocks / kWarp; ++i) {
@@ -522,8 +523,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attend_kernel(__grid_cons
         cute::prefetch_tma_descriptor(&params.key);
         cute::prefetch_tma_descriptor(&params.value);
     }
-    count_parts(params, shared.first_part);
-    number_units(shared.first_part, params.call.rows);
+    count_parts(params, shared.rows);
+    number_units(shared.rows.first_unit(), params.call.rows);
     // Registers are given out to four warps at a time: to those who attend, as many as the others leave.
     static_assert(Config::kPlanners + 1 == 4 && Config::kConsumers == 8 && kFinders == 4);
     int const warp = threadIdx.x / kWarp;
@@ -539,7 +540,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attend_kernel(__grid_cons
         consume(params, shared, threadIdx.x - 4 * kWarp);
     } else {
         cutlass::arch::warpgroup_reg_dealloc<Config::kOtherRegisters>();
-        find<Config>(params);
+        find<Config>(params, shared.finders, warp - 4 - Config::kConsumers);
     }
     cudaGridDependencySynchronize();  // who waits for this kernel has waited for those before
 }

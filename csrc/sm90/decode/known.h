@@ -24,12 +24,7 @@ struct KnownWords {
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 2; ++i) {
             int const begin = first + (i * kWarp + lane) * kWordBlocks;
-            words[i] = begin < blocks ? load_kept(mask + i * kWarp + lane) : 0;
-            static_assert(kForced == 3);
-            CUTLASS_PRAGMA_UNROLL
-            for (int forced : {forced_block(0, blocks), forced_block(2, blocks), forced_block(1, blocks)}) {
-                if (forced >= begin && forced < begin + kWordBlocks) { words[i] |= 1u << (forced - begin); }
-            }
+            words[i] = (begin < blocks ? load_kept(mask + i * kWarp + lane) : 0) | forced_bits(begin, blocks);
             int const missing = begin + kWordBlocks - blocks;
             if (missing > 0) { words[i] = missing < kWordBlocks ? words[i] << missing >> missing : 0; }
         }
@@ -64,11 +59,11 @@ static __global__ void __launch_bounds__(kKnownWarps * kWarp) known_kernel(__gri
         int32_t const* const mask = words_of_mask(call, row, kv_head) + chunk * kChunkWords;
         RowOptions const options(call, row);
         if (options.everything) {
-            if (chunk == 0 && lane == 0) { atomicAdd(&call.visited[row], options.blocks); }
+            if (chunk == 0 && lane == 0) { atomicAdd(&call.visited[row], options.blocks()); }
             continue;
         }
-        if (first_block >= options.blocks) { continue; }
-        KnownWords const known(mask, first_block, options.blocks);
+        if (first_block >= options.blocks()) { continue; }
+        KnownWords const known(mask, first_block, options.blocks());
         int const count = known.count();
         if (lane == 0) {
             store_kept(workspace.known + number, count);

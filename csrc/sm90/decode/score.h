@@ -79,7 +79,7 @@ struct SummaryTile {
     uint8_t const* first;
     int row_bytes;  // from one to the next
 
-    // Channels that do not exist are those of others: the query has zeros there.
+    // Channels that do not exist are what stands behind, in the same stage: the query has zeros there.
     CUTLASS_DEVICE Moments moments(ScoringQuery<Config> const& query, float scale_log2, int head_dim) const {
         int const lane = threadIdx.x % kWarp;
         uint8_t const* const of_block[2] = {first + lane / 4 * row_bytes, first + (lane / 4 + 8) * row_bytes};
@@ -88,10 +88,11 @@ struct SummaryTile {
         float of_deviation[4] = {};
         CUTLASS_PRAGMA_UNROLL
         for (int part = 0; part < Config::kHeadDim / 32; ++part) {
-            int const channel = min(part * 32 + lane % 4 * 8, head_dim - 8);
             uint4 words[2];
             CUTLASS_PRAGMA_UNROLL
-            for (int half = 0; half < 2; ++half) { words[half] = *reinterpret_cast<uint4 const*>(of_block[half] + 2 * channel); }
+            for (int half = 0; half < 2; ++half) {
+                words[half] = *reinterpret_cast<uint4 const*>(of_block[half] + 2 * (part * 32 + lane % 4 * 8));
+            }
             // `read` makes halves of a word: the first operand.
             auto multiply = [&](float (&result)[4], uint4 const& operand, auto read) {
                 uint32_t const low[4] = {read(words[0].x), read(words[1].x), read(words[0].y), read(words[1].y)};
@@ -134,7 +135,10 @@ CUTLASS_DEVICE float spread(float variance, float bend) {
 }
 
 // log2(2^a + 2^b) of finite numbers.
-CUTLASS_DEVICE float log2_of_sum(float a, float b) { return fmaxf(a, b) + log2f(1.0f + exp2f(-fabsf(a - b))); }
+CUTLASS_DEVICE float log2_of_sum(float a, float b) {
+    float const difference = a - b;
+    return fmaxf(a, b) + log2f(1.0f + exp2f(fminf(difference, -difference)));  // -fabsf() takes two instructions
+}
 
 // Log2 of the exact mass of a block for this thread's two heads.
 //

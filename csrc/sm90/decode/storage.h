@@ -2,7 +2,7 @@
 // The shared-memory plan of the kernel that attends.
 #pragma once
 
-#include "work.h"
+#include "found.h"
 
 namespace lite_attention::sm90 {
 
@@ -43,13 +43,14 @@ struct SharedStorage {
     Ring<Config::kPlanners> units;
     uint32_t turn;  // which part may be taken next
     int backlog;    // blocks that are listed, or soon will be, and not fetched yet
+    FinderStorage finders[kFinders];
 
     // Between the consumers.
     float max[Config::kConsumers][Config::kHeads];
     float sum[Config::kConsumers][Config::kHeads];
     float2 slice[Config::kConsumers][Config::kSlice * kHeadTile / 2];
 
-    int first_part[1];  // of each row, and the number of parts at the end: rows + 1 of them
+    RowTable rows;
 };
 
 // Tells a unit's planner that a lane of those who work on it does not need it any more.

@@ -40,6 +40,7 @@ struct KernelParams {
     int group;           // query heads of a key head
     int heads_together;  // key heads whose summaries are brought at once
     int estimating_warps;
+    int finders_together;  // warps that find the blocks of a chunk together
     float scale_log2;
 };
 
@@ -55,11 +56,13 @@ struct ChunkOfHead {
     int row;
     int kv_head;
 
-    CUTLASS_DEVICE ChunkOfHead(KernelParams const& params, int number)
-        : chunk(number % params.workspace.chunks),
-          pair(number / params.workspace.chunks),
-          row(pair / params.call.kv_heads),
-          kv_head(pair % params.call.kv_heads) {}
+    CUTLASS_DEVICE ChunkOfHead(KernelParams const& params, int number) {
+        int const pair_number = number / params.workspace.chunks;
+        pair = pair_number;
+        chunk = number - pair_number * params.workspace.chunks;
+        row = pair_number / params.call.kv_heads;
+        kv_head = pair_number - row * params.call.kv_heads;
+    }
 };
 
 // How many there are.
@@ -111,16 +114,17 @@ struct LogSum {
     float largest = -1e30f;
     float sum = 0.0f;  // in units of 2^largest
 
-    CUTLASS_DEVICE void add(float log2_of_addend) { join(log2_of_addend, 1.0f); }
-    CUTLASS_DEVICE void join(float of_other, float sum_of_other) {
-        float const now = fmaxf(largest, of_other);
-        sum = sum * exp2f(largest - now) + sum_of_other * exp2f(of_other - now);
+    CUTLASS_DEVICE void add(float log2_of_addend) { join({log2_of_addend, 1.0f}); }
+    CUTLASS_DEVICE void join(LogSum const& other) {
+        float const now = fmaxf(largest, other.largest);
+        sum = sum * exp2f(largest - now) + other.sum * exp2f(other.largest - now);
         largest = now;
     }
     // Over lanes whose numbers differ in the bits from `distance` up to `end`.
     CUTLASS_DEVICE void join_lanes(int distance, int end) {
+#pragma unroll 1
         for (; distance < end; distance *= 2) {
-            join(__shfl_xor_sync(~0u, largest, distance), __shfl_xor_sync(~0u, sum, distance));
+            join({__shfl_xor_sync(~0u, largest, distance), __shfl_xor_sync(~0u, sum, distance)});
         }
     }
     // Those of a warp's lane, of so many that lie side by side. `load(i)`: the i-th; many are asked for before one is needed.
@@ -140,13 +144,18 @@ struct LogSum {
     CUTLASS_DEVICE float log2() const { return largest + log2f(sum); }
 };
 
-// What a call wants of a row. All of it is asked for at once: each takes long to come.
-struct RowOptions {
+// How long a row is, and what is done with it.
+struct RowShape {
     int length;
-    float threshold;
     bool tracked;     // whether the state is updated
     bool everything;  // whether all blocks are visited
-    int blocks;
+
+    CUTLASS_DEVICE int blocks() const { return ceil_div(length, kDecodeBlock); }
+};
+
+// What a call wants of a row. All of it is asked for at once: each takes long to come.
+struct RowOptions : RowShape {
+    float threshold;
 
     CUTLASS_DEVICE RowOptions(DecodeParams const& call, int row) {
         bool const visit_all = call.visit_all[row];
@@ -155,16 +164,39 @@ struct RowOptions {
         // Not `&&` and `||`, which would read one after the other.
         tracked = (threshold != -INFINITY) & (length > 0);
         everything = !tracked | visit_all;
-        blocks = ceil_div(length, kDecodeBlock);
     }
+};
+
+// What a thread block notes of the rows, in shared memory behind everything else: numbers, so many for each row.
+class RowTable {
+  public:
+    static int bytes(int rows) { return (2 * rows + 1) * static_cast<int>(sizeof(int)); }
+
+    // Which unit of work is the first of each row; behind the last row, how many there are.
+    CUTLASS_DEVICE int* first_unit() { return numbers_; }
+
+    CUTLASS_DEVICE void note(int rows, int row, RowShape const& shape) {
+        numbers_[rows + 1 + row] = shape.length << 2 | shape.tracked << 1 | shape.everything;
+    }
+    CUTLASS_DEVICE RowShape shape(int rows, int row) const {
+        int const noted = numbers_[rows + 1 + row];
+        return {noted >> 2, (noted >> 1 & 1) != 0, (noted & 1) != 0};
+    }
+
+  private:
+    int numbers_[1];
 };
 
 // Blocks of a row that are visited whatever they weigh: the first, and the newest two, which may have no summary yet.
 constexpr int kForced = 3;
 // The i-th of them; below zero, or again the first, where there are not as many.
 CUTLASS_DEVICE int forced_block(int i, int blocks) { return i == 0 ? 0 : blocks - i; }
-// Whether a block, or one behind the row's end, is one.
-CUTLASS_DEVICE bool is_forced(int block, int blocks) { return block == 0 || block >= blocks - (kForced - 1); }
+// A bit for each of 32 blocks from `first` on: whether it is one, or stands behind the row's end.
+CUTLASS_DEVICE uint32_t forced_bits(int first, int blocks) {
+    int const others = blocks - (kForced - 1) - first;
+    uint32_t const newest = others < kWordBlocks ? ~0u << max(0, others) : 0;
+    return newest | (first == 0);
+}
 
 // Waits until others have counted so far. For one thread: many that ask keep others from the same part of the L2 cache.
 CUTLASS_DEVICE void wait_for(uint32_t const* counter, uint32_t count) {

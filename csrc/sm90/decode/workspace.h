@@ -14,7 +14,7 @@ struct Counters {
     uint32_t drawn;      // parts that were taken beside each thread block's first ones
     uint32_t estimated;  // warps that have estimated all they had to
     uint32_t taken;      // chunks whose blocks somebody finds, or has found
-    uint32_t listed;     // those that are done
+    uint32_t listed;     // warps that have found the blocks of a chunk, or their share of them
 };
 
 struct WorkspaceLayout {
