@@ -80,6 +80,9 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
         layout.heads};
     kernel_params.group = params.heads / params.kv_heads;
     kernel_params.heads_together = heads_together<Config>(params);
+    kernel_params.chunks = cutlass::FastDivmod(layout.chunks);
+    kernel_params.kv_heads = cutlass::FastDivmod(params.kv_heads);
+    kernel_params.page_blocks = cutlass::FastDivmod(params.page_size / kDecodeBlock);
     kernel_params.scale_log2 = params.scale * kLog2E;
 
     static_assert(sizeof(SharedStorage<Config>) + 2 * kMaxRows * sizeof(int) <= kSharedBytes);

@@ -82,7 +82,6 @@ CUTLASS_DEVICE void fetch_summaries(
     SummaryView const& summaries = call.summaries;
     int const lane = threadIdx.x % kWarp;
     int const block_of_unit = lane * Storage::kFetchers + fetcher;
-    int const blocks_of_page = call.page_size / kDecodeBlock;
     int const unit_blocks = Storage::kTiles / params.heads_together * kTileBlocks;
     int const bytes = params.heads_together * summary_bytes(call.head_dim);
 
@@ -92,7 +91,7 @@ CUTLASS_DEVICE void fetch_summaries(
     auto const go_to = [&](int index) {
         unit.go_to(params, shared.rows, index, unit_blocks);
         block = min(unit.first_block + block_of_unit, unit.blocks - 1);  // what does not exist has the summaries of the row's last
-        page = load_kept(call.block_table + unit.row * call.block_table_stride + block / blocks_of_page);
+        page = load_kept(call.block_table + unit.row * call.block_table_stride + params.page_blocks.div(block));
     };
     if (first < end) { go_to(first); }
     for (int index = first; index < end; ++index) {
@@ -100,7 +99,7 @@ CUTLASS_DEVICE void fetch_summaries(
         int const stage = shared.stages.place(n);
         uint64_t* const full = &shared.stages.full[stage];
         uint8_t const* const from = summaries.data + page * summaries.page_stride + unit.first_head * summaries.head_stride +
-                                    block % blocks_of_page * summaries.block_stride;
+                                    params.page_blocks.rem(block) * summaries.block_stride;
         if (index + 1 < end) { go_to(index + 1); }  // its pages come meanwhile
         shared.stages.wait_empty(n);
         if (lane == 0) { CopyBarrier::arrive_and_expect_tx(full, unit_blocks / Storage::kFetchers * bytes); }
@@ -222,7 +221,7 @@ CUTLASS_DEVICE void estimate(KernelParams const& params, EstimateStorage<Config>
         }
     }
     if (!next_may_begin) { let_next_begin(); }
-    count_done(&workspace.counters->estimated);
+    count_done(&workspace.counters->estimated, 1u);
 }
 
 template <class Config>

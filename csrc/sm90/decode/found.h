@@ -18,19 +18,18 @@ CUTLASS_DEVICE LogSum weigh_forced(KernelParams const& params, int row, int kv_h
     DecodeParams const& call = params.call;
     int const head = threadIdx.x % kWarp % params.workspace.heads;
     int const blocks = ceil_div(length, kDecodeBlock);
-    int const blocks_of_page = call.page_size / kDecodeBlock;
     QueryView<Element> const query(params, row, kv_head);
     auto const block_of = [&](int i) { return max(0, forced_block(i, blocks)); };
     int page[kForced];
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kForced; ++i) { page[i] = call.block_table[row * call.block_table_stride + block_of(i) / blocks_of_page]; }
+    for (int i = 0; i < kForced; ++i) { page[i] = call.block_table[row * call.block_table_stride + params.page_blocks.div(block_of(i))]; }
     LogSum sum;
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kForced; ++i) {
         int const block = block_of(i);
         bool const exists = i == 0 || block > 0;
         auto const* const keys = static_cast<Element const*>(call.key.data) + page[i] * call.key.page_stride +
-                                 block % blocks_of_page * kDecodeBlock * call.key.token_stride + kv_head * call.key.head_stride;
+                                 params.page_blocks.rem(block) * kDecodeBlock * call.key.token_stride + kv_head * call.key.head_stride;
         CUTLASS_PRAGMA_UNROLL
         for (int tile = 0; tile < Config::kHeadTiles; ++tile) {
             int const count = min(kDecodeBlock, length - block * kDecodeBlock);
@@ -87,9 +86,11 @@ struct Finders {
     }
 };
 
-// Lists what is found in a chunk. Runs in the warps that find it together. `wait()`: until everything is estimated.
+// Lists what is found in a chunk. Runs in the warps that find it together; the first of them is told in how many parts it is.
+//
+//   wait()  until everything is estimated
 template <class Config, class Wait>
-CUTLASS_DEVICE void find_blocks(KernelParams const& params, int number, Finders const& finders, Wait wait) {
+CUTLASS_DEVICE int find_blocks(KernelParams const& params, int number, Finders const& finders, Wait wait) {
     DecodeParams const& call = params.call;
     Workspace const& workspace = params.workspace;
     auto const [chunk, pair, row, kv_head] = ChunkOfHead(params, number);
@@ -97,7 +98,7 @@ CUTLASS_DEVICE void find_blocks(KernelParams const& params, int number, Finders 
     int32_t const* const mask = words_of_mask(call, row, kv_head) + chunk * kChunkWords;
     RowOptions const options(call, row);
     int const of_chunk = blocks_of_chunk(options.blocks(), chunk);
-    if (options.everything || of_chunk <= 0) { return; }
+    if (options.everything || of_chunk <= 0) { return 0; }
 
     int const heads = workspace.heads;
     int const first = chunk * kChunkBlocks;
@@ -157,15 +158,18 @@ CUTLASS_DEVICE void find_blocks(KernelParams const& params, int number, Finders 
     }
     auto const [listed, before] = finders.sums(__reduce_add_sync(~0u, __popc(found[0]) + __popc(found[1])));
     if (finders.member == 0 && lane == 0) { store_kept(workspace.found + number, listed); }
-    if (listed == 0) { return; }
+    if (listed == 0) { return 0; }
     int* list = workspace.list + pair * workspace.words * kWordBlocks + first + known.count() + before;
     for (int word = first_word; word < end_word; ++word) {
         list = append(list, first + word * kWordBlocks, __shfl_sync(~0u, found[word / kWarp], word % kWarp));
     }
-    if (finders.member == 0 && lane == 0) {
-        atomicAdd(&workspace.found_parts[row], parts_of(listed, of_chunk));
+    if (finders.member > 0) { return 0; }
+    int const parts = parts_of(listed, of_chunk);
+    if (lane == 0) {
+        atomicAdd(&workspace.found_parts[row], parts);
         atomicAdd(&call.visited[row], listed);
     }
+    return parts;
 }
 
 // Takes chunks that nobody has taken, and lists what is found in each. Runs in kFinders warps. `shared`: as many.
@@ -179,12 +183,12 @@ CUTLASS_DEVICE void find(KernelParams const& params, FinderStorage* shared, int 
     for (;;) {
         int const number = finders.take(&counters.taken);
         if (number >= lists(params)) { break; }
-        find_blocks<Config>(params, number, finders, [&] {
+        auto const parts = static_cast<unsigned long long>(find_blocks<Config>(params, number, finders, [&] {
             if (!is_estimated && threadIdx.x % kWarp == 0) { wait_for(&counters.estimated, params.estimating_warps); }
             is_estimated = true;
             __syncwarp();
-        });
-        count_done(&counters.listed);
+        }));
+        count_done(&counters.listed, 1 + (parts << 32));
     }
 }
 

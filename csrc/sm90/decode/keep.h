@@ -6,6 +6,7 @@
 #include <cute/arch/copy_sm90_desc.hpp>
 
 #include "../common/math.h"
+#include "../common/warp.h"
 
 namespace lite_attention::sm90 {
 
@@ -35,6 +36,19 @@ CUTLASS_DEVICE uint32_t load_acquire(uint32_t const* address) {
     uint32_t value;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
     return value;
+}
+CUTLASS_DEVICE unsigned long long load_acquire(unsigned long long const* address) {
+    unsigned long long value;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+    return value;
+}
+
+// Has the L2 cache fetch what stands there. Runs in a warp.
+CUTLASS_DEVICE void prefetch(void const* address, int bytes) {
+    constexpr int kLine = 128;
+    for (int at = threadIdx.x % kWarp * kLine; at < bytes; at += kWarp * kLine) {
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<uint8_t const*>(address) + at));
+    }
 }
 
 }  // namespace lite_attention::sm90

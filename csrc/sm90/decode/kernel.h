@@ -52,28 +52,33 @@ CUTLASS_DEVICE Part find_part(KernelParams const& params, int row, RowShape cons
     int const kv_heads = params.call.kv_heads;
     Part part{row, 0, 0, 0, 0, 0, shape.length, shape.tracked, shape.everything};
     auto const cut = [&](int visits, int parts) {
-        part.first = part_begin(visits, part.number, parts);
-        part.blocks = part_begin(visits, part.number + 1, parts) - part.first;
+        int const least = visits / parts;
+        int const larger = visits - least * parts;  // that have one block more
+        part.first = least * part.number + min(larger, part.number);
+        part.blocks = least + (part.number < larger);
     };
     if (shape.everything) {
-        part.kv_head = index % kv_heads;
-        part.chunk = index / kv_heads / kChunkParts;
-        part.number = index / kv_heads % kChunkParts;
+        int segment;
+        params.kv_heads(segment, part.kv_head, index);
+        part.chunk = segment / kChunkParts;
+        part.number = segment % kChunkParts;
         int const blocks = blocks_of_chunk(shape.blocks(), part.chunk);
         cut(blocks, parts_of_all(blocks));
         return part;
     }
     auto const place = [&](int list) {
-        return (static_cast<int64_t>(row) * kv_heads + list % kv_heads) * workspace.chunks + list / kv_heads;
+        int chunk;
+        int kv_head;
+        params.kv_heads(chunk, kv_head, list);
+        return (static_cast<int64_t>(row) * kv_heads + kv_head) * workspace.chunks + chunk;
     };
     auto const parts_of_list = [&](int visits, int list) {
-        return parts_of(visits, blocks_of_chunk(shape.blocks(), list / kv_heads));
+        return parts_of(visits, blocks_of_chunk(shape.blocks(), params.kv_heads.div(list)));
     };
     int const list = find_item(index, kv_heads * ceil_div(shape.blocks(), kChunkBlocks), [&](int list) {
         return parts_of_list((found ? workspace.found : workspace.known)[place(list)], list);
     });
-    part.kv_head = list % kv_heads;
-    part.chunk = list / kv_heads;
+    params.kv_heads(part.chunk, part.kv_head, list);
     part.number = index;
     int const known = workspace.known[place(list)];
     if (found) {
@@ -115,11 +120,9 @@ CUTLASS_DEVICE int draw_part(SharedStorage<Config>& shared, uint32_t* drawn, uin
 // The parts of all rows that are found, once all are. Runs in a warp.
 CUTLASS_DEVICE int wait_for_found_parts(KernelParams const& params) {
     int const lane = threadIdx.x % kWarp;
-    if (lane == 0) { wait_for(&params.workspace.counters->listed, lists(params) * params.finders_together); }
-    __syncwarp();
-    int parts = 0;
-    for (int row = lane; row < params.call.rows; row += kWarp) { parts += params.workspace.found_parts[row]; }
-    return __reduce_add_sync(~0u, parts);
+    unsigned long long listed = 0;
+    if (lane == 0) { listed = wait_for(&params.workspace.counters->listed, lists(params) * params.finders_together); }
+    return __shfl_sync(~0u, static_cast<int>(listed >> 32), 0);
 }
 
 // Looks up what parts visit. Runs in kPlanners warps. What is read of the device's memory is asked for at once as far as can be.
@@ -130,7 +133,6 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
     Workspace const& workspace = params.workspace;
     int const warp = threadIdx.x / kWarp;
     int const lane = threadIdx.x % kWarp;
-    int const blocks_of_page = call.page_size / kDecodeBlock;
     int const* const first_part = shared.rows.first_unit();
     int const known_parts = first_part[call.rows];
     Unit<Config>& unit = shared.unit[warp];
@@ -179,7 +181,7 @@ CUTLASS_DEVICE void plan(KernelParams const& params, SharedStorage<Config>& shar
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < kSegmentBlocks / kWarp; ++i) {
             if (i * kWarp + lane < blocks) {
-                visits[i].page = load_kept(call.block_table + row * call.block_table_stride + visits[i].block / blocks_of_page);
+                visits[i].page = load_kept(call.block_table + row * call.block_table_stride + params.page_blocks.div(visits[i].block));
             }
         }
         QueryView<Element> const query(params, row, part.kv_head);
@@ -216,7 +218,6 @@ CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& sha
     constexpr int kLanes = 4;
     using Hint = cute::TMA::CacheHintSm90;
     int const lane = threadIdx.x % kWarp;
-    int const blocks_of_page = params.call.page_size / kDecodeBlock;
     uint32_t fetched = 0;
     for_each_unit(shared, [&](Unit<Config> const& unit) {
         int const blocks = unit.part.blocks;
@@ -229,7 +230,7 @@ CUTLASS_DEVICE void fetch(KernelParams const& params, SharedStorage<Config>& sha
             int const i = first + lane;
             if (lane < kLanes && i < blocks) {
                 int const page = unit.list[i].page;
-                int const token = unit.list[i].block % blocks_of_page * kDecodeBlock;
+                int const token = params.page_blocks.rem(unit.list[i].block) * kDecodeBlock;
                 int const stage = shared.stages.place(fetched + i);
                 uint64_t* const full = &shared.stages.full[stage];
                 shared.stages.wait_empty(fetched + i);

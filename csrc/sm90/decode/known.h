@@ -58,11 +58,17 @@ static __global__ void __launch_bounds__(kKnownWarps * kWarp) known_kernel(__gri
         int const first_block = chunk * kChunkBlocks;
         int32_t const* const mask = words_of_mask(call, row, kv_head) + chunk * kChunkWords;
         RowOptions const options(call, row);
+        if (first_block >= options.blocks()) { continue; }
         if (options.everything) {
             if (chunk == 0 && lane == 0) { atomicAdd(&call.visited[row], options.blocks()); }
+            // Who attends needs it next, all at the same time.
+            if (kv_head == 0) {
+                int const pages = params.page_blocks.div(blocks_of_chunk(options.blocks(), chunk) + params.page_blocks.divisor - 1);
+                int const first_page = params.page_blocks.div(first_block);
+                prefetch(call.block_table + row * call.block_table_stride + first_page, (pages + 1) * 4);
+            }
             continue;
         }
-        if (first_block >= options.blocks()) { continue; }
         KnownWords const known(mask, first_block, options.blocks());
         int const count = known.count();
         if (lane == 0) {

@@ -3,6 +3,8 @@
 // they begin and end the row alone decides, so what it gets does not depend on its batch.
 #pragma once
 
+#include <cutlass/fast_math.h>
+
 #include "config.h"
 #include "keep.h"
 #include "workspace.h"
@@ -41,6 +43,10 @@ struct KernelParams {
     int heads_together;  // key heads whose summaries are brought at once
     int estimating_warps;
     int finders_together;  // warps that find the blocks of a chunk together
+    // Divisors.
+    cutlass::FastDivmod chunks;
+    cutlass::FastDivmod kv_heads;
+    cutlass::FastDivmod page_blocks;  // of a page
     float scale_log2;
 };
 
@@ -57,11 +63,10 @@ struct ChunkOfHead {
     int kv_head;
 
     CUTLASS_DEVICE ChunkOfHead(KernelParams const& params, int number) {
-        int const pair_number = number / params.workspace.chunks;
+        int pair_number;
+        params.chunks(pair_number, chunk, number);
+        params.kv_heads(row, kv_head, pair_number);
         pair = pair_number;
-        chunk = number - pair_number * params.workspace.chunks;
-        row = pair_number / params.call.kv_heads;
-        kv_head = pair_number - row * params.call.kv_heads;
     }
 };
 
@@ -83,9 +88,6 @@ CUTLASS_DEVICE int parts_of_all(int blocks) { return ceil_div(blocks, kSegmentBl
 CUTLASS_DEVICE int parts_of(int visits, int blocks) {
     return min(ceil_div(visits, kPartBlocks), max(ceil_div(visits, kSegmentBlocks), ceil_div(parts_of_all(blocks), 2)));
 }
-
-// Where one of them begins.
-CUTLASS_DEVICE int part_begin(int visits, int number, int parts) { return visits / parts * number + min(visits % parts, number); }
 
 // The query heads of a row's key head.
 template <class Element>
@@ -131,14 +133,17 @@ struct LogSum {
     template <class Load>
     CUTLASS_DEVICE void add_all(int count, Load load) {
         constexpr int kAtOnce = 16;
+#pragma unroll 1
         for (int first = threadIdx.x % kWarp; first < count; first += kAtOnce * kWarp) {
             float values[kAtOnce];
             CUTLASS_PRAGMA_UNROLL
             for (int i = 0; i < kAtOnce; ++i) { values[i] = first + i * kWarp < count ? load(first + i * kWarp) : -INFINITY; }
+            LogSum together;
             CUTLASS_PRAGMA_UNROLL
-            for (int i = 0; i < kAtOnce; ++i) {
-                if (first + i * kWarp < count) { add(values[i]); }
-            }
+            for (float value : values) { together.largest = fmaxf(together.largest, value); }
+            CUTLASS_PRAGMA_UNROLL
+            for (float value : values) { together.sum += exp2f(value - together.largest); }
+            join(together);
         }
     }
     CUTLASS_DEVICE float log2() const { return largest + log2f(sum); }
@@ -198,16 +203,23 @@ CUTLASS_DEVICE uint32_t forced_bits(int first, int blocks) {
     return newest | (first == 0);
 }
 
-// Waits until others have counted so far. For one thread: many that ask keep others from the same part of the L2 cache.
-CUTLASS_DEVICE void wait_for(uint32_t const* counter, uint32_t count) {
-    while (load_acquire(counter) < count) { __nanosleep(200); }
+// Waits until others have counted so far in the lower 32 bits of a number, which it returns. For one thread: many that ask keep
+// others from the same part of the L2 cache.
+template <class Number>
+CUTLASS_DEVICE Number wait_for(Number const* counter, uint32_t count) {
+    for (;;) {
+        Number const counted = load_acquire(counter);
+        if (static_cast<uint32_t>(counted) >= count) { return counted; }
+        __nanosleep(200);
+    }
 }
 
-// Adds one, once what this warp has written is there for who loads the sum. Runs in a whole warp.
-CUTLASS_DEVICE void count_done(uint32_t* counter) {
+// Adds a number, once what this warp has written is there for who loads the sum. Runs in a whole warp.
+template <class Number>
+CUTLASS_DEVICE void count_done(Number* counter, Number number) {
     __threadfence();
     __syncwarp();
-    if (threadIdx.x % kWarp == 0) { atomicAdd(counter, 1); }
+    if (threadIdx.x % kWarp == 0) { atomicAdd(counter, number); }
 }
 
 // Which row a unit of work is of. `first_unit`: see number_units.

@@ -14,7 +14,8 @@ struct Counters {
     uint32_t drawn;      // parts that were taken beside each thread block's first ones
     uint32_t estimated;  // warps that have estimated all they had to
     uint32_t taken;      // chunks whose blocks somebody finds, or has found
-    uint32_t listed;     // warps that have found the blocks of a chunk, or their share of them
+    // Warps that have found the blocks of a chunk, or their share of them, and above these 32 bits in how many parts they are.
+    unsigned long long listed;
 };
 
 struct WorkspaceLayout {
