@@ -190,6 +190,7 @@ SHAPES = {
     "one off a segment": Shape((SEGMENT - 1, SEGMENT, SEGMENT + 1)),
     "many segments": Shape((3 * SEGMENT + 17, 5), kv_heads=1),
     "lists of several chunks": Shape((36000,), kv_heads=1, group=2, head_dim=64),
+    "channels shared unevenly": Shape((34000,), kv_heads=1, group=3, head_dim=80),
     "three key heads": Shape((300, 2500), kv_heads=3, group=1, head_dim=64),
     "six key heads": Shape((300, 2500), kv_heads=6, group=1, head_dim=64),
     "eight key heads": Shape((700, 2500), kv_heads=8, group=2),
@@ -215,6 +216,8 @@ SHAPES = {
     "float16, head size 64": Shape((200, 77), head_dim=64, dtype=torch.float16),
     "more work than processors": Shape((9000,) * 12, kv_heads=4, group=2, head_dim=64),
     "many rows": Shape(tuple(range(1, 200, 3)), kv_heads=1, head_dim=64),
+    "lists found by two warps": Shape(tuple(range(30, 1430, 20)), kv_heads=2, group=1, head_dim=64),
+    "lists found by one warp": Shape(tuple(range(30, 730, 5)), kv_heads=2, group=1, head_dim=64),
 }
 
 
@@ -258,9 +261,9 @@ def test_rows_at_minus_infinity_are_dense_and_leave_the_state_alone() -> None:
 
 
 def test_long_dense_rows_equal_attention_by_pytorch() -> None:
-    shape = Shape((131072, 70001), kv_heads=8)
+    shape = Shape((270001, 70001), kv_heads=8)
     inputs = make_inputs(replace(shape, lengths=(16,)), -math.inf)
-    pages = ceil_div(131072, 16)
+    pages = ceil_div(shape.lengths[0], 16)
     key, value = (tensor.to(DEVICE) for tensor in paged(shape, pages))
     key.normal_()
     value.normal_()
