@@ -46,12 +46,12 @@ CUTLASS_DEVICE int power_of_two(int number) { return 1 << (31 - __clz(number)); 
 
 // What a thread puts together: items, four numbers each that lie side by side, of some of the parts.
 struct Share {
-    int first;   // item; the next is kCombineThreads further
-    int end;     // of the thread block's items
-    int rounds;  // in which all threads have had all of theirs
-    int together;  // threads that have different items
-    int group;   // of them; groups have parts by turns
-    int groups;  // 1 where there are several rounds
+    int first;     // item; the next is kCombineThreads further
+    int end;       // of the thread block's items
+    int rounds;    // until each thread has had all of its items
+    int together;  // threads that have different items, a group; groups take parts by turns
+    int group;     // this thread's; there may be threads behind the last one
+    int groups;    // 1 where there are several rounds
 
     CUTLASS_DEVICE Share(int items, int chunk, int sharers) {
         int const thread = threadIdx.x;

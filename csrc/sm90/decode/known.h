@@ -63,9 +63,10 @@ static __global__ void __launch_bounds__(kKnownWarps * kWarp) known_kernel(__gri
             if (chunk == 0 && lane == 0) { atomicAdd(&call.visited[row], options.blocks()); }
             // Who attends needs it next, all at the same time.
             if (kv_head == 0) {
-                int const pages = params.page_blocks.div(blocks_of_chunk(options.blocks(), chunk) + params.page_blocks.divisor - 1);
+                int const last_block = first_block + blocks_of_chunk(options.blocks(), chunk) - 1;
                 int const first_page = params.page_blocks.div(first_block);
-                prefetch(call.block_table + row * call.block_table_stride + first_page, (pages + 1) * 4);
+                int const pages = params.page_blocks.div(last_block) - first_page + 1;
+                prefetch(call.block_table + row * call.block_table_stride + first_page, pages * static_cast<int>(sizeof(int32_t)));
             }
             continue;
         }
