@@ -36,6 +36,7 @@ HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 16
 SUMMARY_BYTES = summary_bytes(HEAD_DIM)
 BLOCK_BYTES = 2 * DECODE_BLOCK * HEAD_DIM * 2
 SPLITS = 32
+CLEAN_REPETITIONS = 100
 NEVER = -1000.0
 DEVICE = "cuda"
 
@@ -140,15 +141,14 @@ def captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def median_ms(call: Callable[[], Any]) -> float:
-    return float(do_bench(captured(call).replay, warmup=50, rep=200, return_mode="median"))
+def median_ms(graph: torch.cuda.CUDAGraph) -> float:
+    return float(do_bench(graph.replay, warmup=50, rep=200, return_mode="median"))
 
 
-def clean_median_ms(call: Callable[[], Any], repetitions: int = 100) -> float:
+def clean_median_ms(graph: torch.cuda.CUDAGraph) -> float:
     """As `median_ms`, with an L2 cache full of what need not be written back."""
-    graph = captured(call)
     other = torch.ones(1 << 28, dtype=torch.float32, device=DEVICE)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(CLEAN_REPETITIONS)]
     for start, end in events:
         torch.amax(other)
         start.record()
@@ -160,12 +160,16 @@ def clean_median_ms(call: Callable[[], Any], repetitions: int = 100) -> float:
 
 def measure(rows: int, tokens: int, bandwidth: float, against_flash: bool) -> list[dict[str, Any]]:
     case = Case(rows, tokens)
-    flash = median_ms(case.flash()) if against_flash else None
-    flash_clean = clean_median_ms(case.flash()) if against_flash else None
+    flash = flash_clean = None
+    if against_flash:
+        graph = captured(case.flash())
+        flash, flash_clean = median_ms(graph), clean_median_ms(graph)
     results = []
     for share in (None, *SHARES):
         call, read = case.lite(share)
-        taken, clean = median_ms(call), clean_median_ms(call)
+        graph = captured(call)
+        taken, clean = median_ms(graph), clean_median_ms(graph)
+        at_bandwidth = 1e3 * case.read_bytes(read, share is not None) / bandwidth
         results.append(
             {
                 "sequences": rows,
@@ -175,10 +179,10 @@ def measure(rows: int, tokens: int, bandwidth: float, against_flash: bool) -> li
                 "milliseconds": taken,
                 "flash_milliseconds": flash,
                 "speedup": flash / taken if flash else None,
-                "bandwidth": case.read_bytes(read, share is not None) / (1e-3 * taken) / bandwidth,
+                "bandwidth": at_bandwidth / taken,
                 "clean_milliseconds": clean,
                 "clean_flash_milliseconds": flash_clean,
-                "clean_bandwidth": case.read_bytes(read, share is not None) / (1e-3 * clean) / bandwidth,
+                "clean_bandwidth": at_bandwidth / clean,
             }
         )
     return results

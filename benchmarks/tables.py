@@ -126,7 +126,7 @@ def engine_time(result: dict[str, Any]) -> str:
         (
             [
                 f"{row['batch']} × {row['context']:,}",
-                names.get(row["run"], f"{row['read'] or 1:.1%}"),
+                names[row["run"]] if row["read"] is None else f"{row['read']:.1%}",
                 f"{row['milliseconds']:.1f}",
                 _times(row["speedup"]),
             ]

@@ -41,8 +41,11 @@ CUTLASS_DEVICE int list_places(int* places, int chunks, Parts parts) {
     return listed;
 }
 
+// Log2 of a number, rounded down.
+CUTLASS_DEVICE int log2_of(int number) { return 31 - __clz(number); }
+
 // The largest power of two that is not above a number.
-CUTLASS_DEVICE int power_of_two(int number) { return 1 << (31 - __clz(number)); }
+CUTLASS_DEVICE int power_of_two(int number) { return 1 << log2_of(number); }
 
 // What a thread puts together: items, four numbers each that lie side by side, of some of the parts.
 struct Share {
@@ -114,7 +117,7 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocks) combine_kerne
 
     // Each part takes long to come, so several are asked for at once, the first of them before it is known what they weigh.
     constexpr int kAtOnce = 4;
-    int const heads_log2 = 31 - __clz(heads);
+    int const heads_log2 = log2_of(heads);
     int const items = call.head_dim * heads / 4;
     Share const share(items, chunk, sharers);
     float4 const* const outs = reinterpret_cast<float4 const*>(workspace.out) + pair * workspace.slots * items;

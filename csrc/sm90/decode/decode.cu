@@ -85,8 +85,8 @@ char const* launch(DecodeParams const& params, cudaStream_t stream) {
     kernel_params.page_blocks = cutlass::FastDivmod(params.page_size / kDecodeBlock);
     kernel_params.scale_log2 = params.scale * kLog2E;
 
-    static_assert(sizeof(SharedStorage<Config>) + 2 * kMaxRows * sizeof(int) <= kSharedBytes);
-    static_assert(sizeof(EstimateStorage<Config>) + 2 * kMaxRows * sizeof(int) <= kSharedBytes);
+    static_assert(sizeof(SharedStorage<Config>) + RowTable::bytes(kMaxRows) <= kSharedBytes);
+    static_assert(sizeof(EstimateStorage<Config>) + RowTable::bytes(kMaxRows) <= kSharedBytes);
     int const estimate_bytes = static_cast<int>(sizeof(EstimateStorage<Config>)) + RowTable::bytes(params.rows);
     int const combine_bytes = CombineStorage::bytes(layout.chunks, layout.heads);
     int const attend_bytes = static_cast<int>(sizeof(SharedStorage<Config>)) + RowTable::bytes(params.rows);

@@ -175,7 +175,7 @@ struct RowOptions : RowShape {
 // What a thread block notes of the rows, in shared memory behind everything else: numbers, so many for each row.
 class RowTable {
   public:
-    static int bytes(int rows) { return (2 * rows + 1) * static_cast<int>(sizeof(int)); }
+    static constexpr int bytes(int rows) { return (2 * rows + 1) * static_cast<int>(sizeof(int)); }
 
     // Which unit of work is the first of each row; behind the last row, how many there are.
     CUTLASS_DEVICE int* first_unit() { return numbers_; }
